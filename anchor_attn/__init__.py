@@ -1,0 +1,1 @@
+"""AnchorAttention for packed long-context training."""
