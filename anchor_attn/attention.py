@@ -1,0 +1,116 @@
+"""One attention call for every engine: check, choose, call."""
+
+import logging
+import math
+from types import ModuleType
+from typing import Literal
+
+from torch import Tensor
+
+from anchor_attn.engines import reference, varlen
+from anchor_attn.masks import PackedLayout
+from anchor_attn.masks.patterns import Pattern, check_pattern
+from anchor_attn.request import Request
+
+Engine = Literal["auto", "reference", "varlen"]
+ENGINES: dict[str, ModuleType] = {"reference": reference, "varlen": varlen}
+
+logger = logging.getLogger("anchor_attn")
+
+
+def anchor_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    pattern: Pattern = "anchor",
+    engine: Engine = "auto",
+    scale: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    keep_anchor: bool = True,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention over packed documents that see themselves and one shared anchor.
+
+        layout = PackedLayout.from_lengths([[300, 50, 161]])          # 512 tokens with the anchor
+        out = anchor_attention(query, key, value, layout)             # [1, H, 512, V]
+
+    Args:
+        query: [B, H, S, D].
+        key: [B, K, S, D]; H must be a multiple of K (grouped heads).
+        value: [B, K, S, V].
+        layout: the packed batch, on the tensors' device.
+        pattern: "full" (causal over the row), "intra_doc" (own document) or "anchor" (own document and the anchor).
+        engine: "reference" (dense, the oracle), "varlen" (a document at a time) or "auto". A named engine never
+            falls back to another.
+        scale: of the scores; 1/√D when None.
+        softcap: c · tanh(score / c), as Gemma 2 has it.
+        sliding_window: the current token and this many less one before it, of the same document ("full": of the row).
+        keep_anchor: the anchor stays visible outside the window; otherwise it is an ordinary token directly before
+            each document.
+        sinks: a learned logit a query head [H] that joins every softmax without a value, as gpt-oss has it.
+
+    Returns:
+        [B, H, S, V]; zeros at padding, which also gets no gradient.
+
+    Raises:
+        TypeError: no layout where one is asked for.
+        ValueError: shapes or devices that do not fit, or an unknown pattern or engine.
+    """
+    check_pattern(layout, pattern, sliding_window)
+    _check_tensors(query, key, value, layout, sinks)
+    chosen = choose_engine(engine)
+    request = Request(
+        pattern=pattern,
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        keep_anchor=keep_anchor,
+        sinks=sinks,
+    )
+    return ENGINES[chosen].attend(query, key, value, layout, request)
+
+
+def choose_engine(engine: str) -> str:
+    """The engine that a name stands for; "auto" is the fastest that is here.
+
+    Raises:
+        ValueError: an unknown engine.
+    """
+    if engine != "auto" and engine not in ENGINES:
+        known = ("auto", *ENGINES)
+        raise ValueError(f"engine must be one of {known}, got {engine!r}; pass one of them.")
+    return "varlen" if engine == "auto" else engine
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, sinks: Tensor | None) -> None:
+    for name, states in (("query", query), ("key", key), ("value", value)):
+        if states.ndim != 4:
+            raise ValueError(
+                f"{name} must have shape [B, heads, S, head size], got {list(states.shape)}; split and transpose heads."
+            )
+        if (states.shape[0], states.shape[2]) != (layout.batch_size, layout.seq_len):
+            raise ValueError(
+                f"{name} must have the layout's batch and length [{layout.batch_size}, heads, {layout.seq_len}, …], "
+                f"got {list(states.shape)}; pass the layout of this batch."
+            )
+        if states.device != layout.device:
+            raise ValueError(
+                f"{name} must be on the layout's device {layout.device}, got {states.device}; "
+                "move the layout with layout.to(device)."
+            )
+    if query.shape[-1] != key.shape[-1] or key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query, key and value must be [B, H, S, D], [B, K, S, D] and [B, K, S, V] with H a multiple of K, "
+            f"got {list(query.shape)}, {list(key.shape)} and {list(value.shape)}; check the head counts and sizes."
+        )
+    if len({query.dtype, key.dtype, value.dtype}) != 1:
+        raise ValueError(
+            f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}; "
+            "cast query and key to the value's dtype."
+        )
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise ValueError(
+            f"sinks must have one logit a query head [{query.shape[1]}], got {list(sinks.shape)}; pass shape [H]."
+        )

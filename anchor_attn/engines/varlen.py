@@ -1,0 +1,170 @@
+"""The varlen engine: one causal attention a document, the anchor's keys and values in front of each.
+
+    B batch · H query heads · K key heads · S tokens · A anchor tokens · D head size · V value size
+
+    row        a 1 1 1 2 2 3 3 3          segments under "anchor":   [a 1 1 1]   [a] 2 2   [a] 3 3 3
+                                                                     queries     keys only
+
+The anchor and the first document stand side by side, so they are one ordinary causal segment; giving that segment an
+extra anchor key would count the anchor twice. Every later document gets the anchor's keys in front, and only keys
+and values get extra rows: the gather sums the anchor's gradient. Interleaved documents are sorted by document first
+and put back afterwards; causal order survives a stable sort.
+
+The kernel here is torch's scaled_dot_product_attention, a document at a time, on any device. Windows, softcap and
+sinks take the masked path, in chunks of queries, which costs no more than a segment's own square.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anchor_attn.engines.reference import masked_attention
+from anchor_attn.masks import PackedLayout
+from anchor_attn.masks.layout import PADDING_ID
+from anchor_attn.masks.patterns import Pattern
+from anchor_attn.request import Request
+
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring queries that attend causally to themselves, behind `anchor_keys` keys taken from the row's front."""
+
+    q_len: int
+    anchor_keys: int
+
+
+@dataclass(frozen=True)
+class VarlenPlan:
+    """A layout cut into segments.
+
+    Attributes:
+        rows: the segments of each row; what they leave of the row is padding.
+        order: int64 [B, S], the stable sort by document; None where documents already are contiguous.
+        inverse: int64 [B, S], which undoes it.
+    """
+
+    rows: tuple[tuple[Segment, ...], ...]
+    order: Tensor | None
+    inverse: Tensor | None
+
+
+def create_varlen_plan(layout: PackedLayout, pattern: Pattern) -> VarlenPlan:
+    """Cut every row of a layout into the segments that a pattern attends within."""
+    anchor_tokens = layout.anchor_tokens
+    rows = []
+    for lengths, tokens in zip(layout.document_lengths, layout.row_tokens, strict=True):
+        if pattern == "full":
+            row = [Segment(tokens, 0)]
+        elif pattern == "anchor":
+            row = [Segment(anchor_tokens + sum(lengths[:1]), 0), *(Segment(n, anchor_tokens) for n in lengths[1:])]
+        else:
+            row = [Segment(anchor_tokens, 0), *(Segment(n, 0) for n in lengths)]
+        rows.append(tuple(segment for segment in row if segment.q_len))
+    if pattern == "full" or not layout.is_interleaved:
+        return VarlenPlan(tuple(rows), None, None)
+    past_documents = torch.iinfo(torch.int32).max
+    keys = layout.document_ids.masked_fill(layout.document_ids == PADDING_ID, past_documents)
+    order = keys.argsort(dim=1, stable=True)
+    return VarlenPlan(tuple(rows), order, order.argsort(dim=1))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, request: Request) -> Tensor:
+    """Attention a segment at a time; arguments and result as `anchor_attention`."""
+    plan = layout.plan(("varlen", request.pattern), lambda: create_varlen_plan(layout, request.pattern))
+    if plan.order is not None:
+        query, key, value = (_reorder(states, plan.order) for states in (query, key, value))
+    anchor_tokens = layout.anchor_tokens if request.pattern == "anchor" else 0
+    if len(set(plan.rows)) == 1:
+        out = _attend_rows(query, key, value, plan.rows[0], anchor_tokens, request)
+    else:
+        rows = zip(query.split(1), key.split(1), value.split(1), plan.rows, strict=True)
+        out = torch.cat([_attend_rows(q, k, v, row, anchor_tokens, request) for q, k, v, row in rows])
+    return out if plan.inverse is None else _reorder(out, plan.inverse)
+
+
+def _reorder(states: Tensor, order: Tensor) -> Tensor:
+    return states.gather(2, order[:, None, :, None].expand_as(states))
+
+
+def _attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], anchor_tokens: int, request: Request
+) -> Tensor:
+    """Rows that are cut alike; [B, H, S, V]."""
+    sizes = [segment.q_len for segment in segments]
+    padding = query.shape[2] - sum(sizes)
+    # Split, not slices: the backward of a slice fills a whole row of zeros for every document.
+    parts = zip(*(states.split([*sizes, padding], dim=2) for states in (query, key, value)), strict=True)
+    anchor: tuple[Tensor, ...] = ()
+    outs = []
+    for segment, states in zip(segments, parts, strict=False):
+        if not anchor:
+            anchor = tuple(part[:, :, :anchor_tokens] for part in states)
+        outs.append(_attend_segment(states, anchor if segment.anchor_keys else None, anchor_tokens, request))
+    if padding:
+        outs.append(query.new_zeros(*query.shape[:2], padding, value.shape[-1], dtype=value.dtype))
+    return torch.cat(outs, dim=2)
+
+
+def _attend_segment(
+    states: tuple[Tensor, ...], anchor: tuple[Tensor, ...] | None, anchor_tokens: int, request: Request
+) -> Tensor:
+    query, key, value = states
+    if anchor is not None:
+        key, value = torch.cat((anchor[1], key), dim=2), torch.cat((anchor[2], value), dim=2)
+    if request.softcap is not None or request.sinks is not None or request.sliding_window is not None:
+        return _attend_in_chunks(query, key, value, anchor_tokens, request)
+    if anchor is None:
+        return _sdpa(query, key, value, request, is_causal=True)
+    # SDPA aligns a rectangular causal mask top-left: square it with the anchor's queries and drop their output.
+    out = _sdpa(torch.cat((anchor[0], query), dim=2), key, value, request, is_causal=True)
+    return out[:, :, anchor_tokens:]
+
+
+def _attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, anchor_tokens: int, request: Request) -> Tensor:
+    """One segment by chunks of queries, each with the keys that its window can reach.
+
+    Within a segment, the distance of a query from a key is the difference of their places among the keys, the
+    anchor's in front included: that is how a window counts (`keep_anchor=False`), and what the kept anchor is
+    excepted from.
+    """
+    window = request.sliding_window or key.shape[2]
+    kept = anchor_tokens if request.keep_anchor else 0
+    offset = key.shape[2] - query.shape[2]
+    key_parts, value_parts = key.split(CHUNK_TOKENS, dim=2), value.split(CHUNK_TOKENS, dim=2)
+    outs = []
+    first_query = offset
+    for chunk in query.split(CHUNK_TOKENS, dim=2):
+        end = first_query + chunk.shape[2]
+        reached = range(max(0, first_query - window + 1) // CHUNK_TOKENS, -(-end // CHUNK_TOKENS))
+        seen = [0, *reached] if kept and reached[0] > 0 else [*reached]
+        places = torch.cat(
+            [torch.arange(i * CHUNK_TOKENS, min((i + 1) * CHUNK_TOKENS, key.shape[2])) for i in seen]
+        ).to(query.device)
+        distance = torch.arange(first_query, end, device=query.device)[:, None] - places
+        mask = (distance >= 0) & ((distance < window) | (places < kept))
+        outs.append(
+            _masked(
+                chunk,
+                torch.cat([key_parts[i] for i in seen], 2),
+                torch.cat([value_parts[i] for i in seen], 2),
+                mask,
+                request,
+            )
+        )
+        first_query = end
+    return torch.cat(outs, dim=2)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, request: Request) -> Tensor:
+    if request.softcap is None and request.sinks is None:
+        return _sdpa(query, key, value, request, attn_mask=mask)
+    return masked_attention(query, key, value, mask, request)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, request: Request, **mask: Tensor | bool) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, scale=request.scale, enable_gqa=grouped, **mask)
