@@ -56,10 +56,12 @@ def anchor_attention(
 
     Raises:
         TypeError: no layout where one is asked for.
-        ValueError: shapes or devices that do not fit, or an unknown pattern or engine.
+        ValueError: shapes or devices that do not fit, a softcap of 0, or an unknown pattern or engine.
     """
     check_pattern(layout, pattern, sliding_window)
     _check_tensors(query, key, value, layout, sinks)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, got {softcap}; pass None for no softcap.")
     chosen = choose_engine(engine)
     request = Request(
         pattern=pattern,

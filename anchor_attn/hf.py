@@ -84,9 +84,7 @@ def wrap(
     if pattern not in PATTERNS:
         raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}; pass one of them.")
     if rope_precision not in ROPE_PRECISIONS:
-        raise ValueError(
-            f"rope_precision must be one of {ROPE_PRECISIONS}, got {rope_precision!r}; pass 'model', what the model does."
-        )
+        raise ValueError(f"rope_precision must be one of {ROPE_PRECISIONS}, got {rope_precision!r}; pass 'model'.")
     chosen = choose_engine(engine)
     refuse_unsupported(model)
     unwrap(model)

@@ -43,7 +43,7 @@ def dense_mask(
     padding_query = (ids == PADDING_ID)[:, :, None]
 
     distance = slots[:, None] - slots[None, :] if pattern == "full" else ranks[:, :, None] - ranks[:, None, :]
-    near = torch.ones_like(same) if sliding_window is None else distance < sliding_window
+    near = torch.ones_like(same) if sliding_window is None else distance < min(sliding_window, 2 * layout.seq_len)
     if pattern == "full":
         seen = near.expand_as(same)
     elif pattern == "intra_doc":

@@ -2,16 +2,21 @@
 
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from anchor_attn.masks.dense import dense_mask
-from anchor_attn.masks.layout import ANCHOR_ID, PADDING_ID, PackedLayout
-from anchor_attn.masks.patterns import Pattern
+from anchor_attn.masks.layout import ANCHOR_ID, PADDING_ID, PackedLayout, checked_int
+from anchor_attn.masks.patterns import Pattern, check_pattern
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TEXT_CELLS = 64
 PICTURE_CELLS = 1024
+ATTENDED, ANCHOR, UNSEEN = "#2f6db3", "#e8833a", "#e9edf2"
 
 
 def draw_mask(
@@ -48,10 +53,13 @@ def draw_mask(
 
     Raises:
         ValueError: a row that the batch does not have, or as `dense_mask`.
+        TypeError: a row that is no integer, or not a layout.
         ImportError: a path is given and matplotlib is missing.
     """
-    if not -layout.batch_size <= row < layout.batch_size:
-        raise ValueError(f"row must be below the batch size {layout.batch_size}, got {row}; pass 0 for the first.")
+    check_pattern(layout, pattern, sliding_window)
+    rows = layout.batch_size
+    if not -rows <= checked_int(row, "row") < rows:
+        raise ValueError(f"row must lie between {-rows} and {rows - 1}, got {row}; pass 0 for the first.")
     one_row = PackedLayout.from_document_ids(layout.document_ids[row][None])
     mask = dense_mask(one_row, pattern, sliding_window, keep_anchor)[0].cpu()
     ids = one_row.document_ids[0].cpu()
@@ -89,25 +97,49 @@ def _write_png(mask: Tensor, ids: Tensor, pattern: str, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as missing:
         raise ImportError("draw_mask needs matplotlib for a PNG; pip install 'anchor-attn[plots]'.") from missing
-    figure = Figure(figsize=(5, 5.4), layout="constrained")
+    figure = Figure(figsize=(5.4, 5.4), layout="constrained")
     draw_mask_axes(figure.subplots(), mask, ids, pattern)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-def draw_mask_axes(axes: "Axes", mask: Tensor, ids: Tensor, title: str) -> None:  # noqa: F821
-    """Draw a mask [S, S] into matplotlib axes: anchor column marked, document bounds as lines."""
-    tokens = -(-len(ids) // PICTURE_CELLS)
-    size = len(ids)
-    axes.imshow(_share_by_cell(mask, tokens), extent=(0, size, size, 0), cmap="Blues", vmin=0, vmax=1.3)
-    bounds = [0, *((ids[1:] != ids[:-1]).nonzero().flatten() + 1).tolist(), size]
-    if size <= 512:
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-            axes.axhline(last, color="0.85", linewidth=0.4)
-            axes.axvline(last, color="0.85", linewidth=0.4)
+def draw_mask_axes(axes: "Axes", mask: Tensor, ids: Tensor, title: str) -> None:
+    """Draw a mask [S, S] into matplotlib axes: what is attended, what of it is the anchor, a bracket a document."""
+    from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+    from matplotlib.patches import Patch
+
+    size = int((ids != PADDING_ID).sum()) or len(ids)
     anchors = int((ids == ANCHOR_ID).sum())
-    real = int((ids != PADDING_ID).sum())
+    mask, ids = mask[:size, :size], ids[:size]
+    tokens = -(-size // PICTURE_CELLS)
+    share = _share_by_cell(mask, tokens)
+    drawn = len(share) * tokens  # the last cell may reach past the row; the limits below cut it off
+    future = torch.ones_like(share, dtype=torch.bool).triu(1)
+    blues = LinearSegmentedColormap.from_list("attended", [UNSEEN, ATTENDED])
+    past = share.masked_fill(future, torch.nan).numpy()
+    axes.imshow(past, extent=(0, drawn, drawn, 0), cmap=blues, vmin=0, vmax=1)
+    legend = [Patch(color=ATTENDED, label="attended"), Patch(color=UNSEEN, label="past, not attended")]
     if anchors:
-        axes.axvspan(0, max(anchors, size / 150), color="C1", alpha=0.8, label="anchor")
-        axes.legend(loc="upper right", frameon=False)
-    axes.set(title=title, xlabel="key token", ylabel="query token", xlim=(0, real or size), ylim=(real or size, 0))
+        # Wider than to scale: one column of 400 is hardly a pixel. Only the queries that do see the anchor are marked.
+        column = torch.where(mask[:, :anchors], 1.0, torch.nan).numpy()
+        extent = (0, max(anchors, size / 80), size, 0)
+        axes.imshow(column, extent=extent, cmap=ListedColormap([ANCHOR]), interpolation="nearest")
+        legend.insert(1, Patch(color=ANCHOR, label="attended anchor"))
+    axes.legend(handles=legend, loc="upper right", frameon=False)
+
+    found, counts = torch.unique_consecutive(ids, return_counts=True)
+    last = 0
+    for document_id, length in zip(found.tolist(), counts.tolist(), strict=True):
+        first, last = last, last + length
+        if document_id < 1 or length < size / 100:
+            continue  # no document, or a bracket of a few pixels that says nothing
+        beside = axes.get_yaxis_transform()  # x in widths of the axes, y in tokens
+        edges = [first + size / 400, last - size / 400]
+        axes.plot(
+            [1.01, 1.025, 1.025, 1.01], [edges[0], *edges, edges[1]], "0.4", lw=1, transform=beside, clip_on=False
+        )
+        if length > size / 30:
+            axes.text(1.04, (first + last) / 2, str(document_id), va="center", color="0.3", transform=beside)
+    axes.text(1.04, 1.015, "document", ha="right", color="0.3", transform=axes.transAxes)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(title=title, xlabel="key token", ylabel="query token", xlim=(0, size), ylim=(size, 0))

@@ -82,9 +82,7 @@ class PackedLayout:
                 "raise seq_len or cut the documents."
             )
         ids = [document for row in rows for document in (ANCHOR_ID, *range(1, len(row) + 1), PADDING_ID)]
-        counts = [
-            count for row in rows for count in (anchor_tokens, *row, seq_len - anchor_tokens - sum(row))
-        ]
+        counts = [count for row in rows for count in (anchor_tokens, *row, seq_len - anchor_tokens - sum(row))]
         document_ids = torch.repeat_interleave(
             torch.tensor(ids, dtype=torch.int32), torch.tensor(counts), output_size=len(rows) * seq_len
         ).view(len(rows), seq_len)
@@ -131,7 +129,7 @@ class PackedLayout:
             numbers = {PADDING_ID: PADDING_ID}
             found, counts = torch.unique_consecutive(labels, return_counts=True)
             new = [numbers.setdefault(label, len(numbers)) for label in found.tolist()]
-            row[:] = torch.repeat_interleave(torch.tensor(new, dtype=torch.int32), counts)
+            row[:] = torch.repeat_interleave(torch.tensor(new, dtype=torch.int32, device="cpu"), counts)
         layout = cls.from_document_ids(renumbered)
         return layout.to(ids.device)
 
@@ -211,7 +209,9 @@ class PackedLayout:
         `key` must name everything besides the layout that the result depends on.
         """
         if key not in self._plans:
-            self._plans[key] = build()
+            # A plan first made in an evaluation is used again in training, where inference tensors are refused.
+            with torch.inference_mode(False):
+                self._plans[key] = build()
         return self._plans[key]
 
     def __eq__(self, other: object) -> bool:
@@ -233,11 +233,12 @@ class PackedLayout:
 
 
 def _rows_of(lengths: Iterable[Iterable[int]]) -> list[Iterable[int]]:
-    rows = list(lengths)
+    rows = list(lengths) if isinstance(lengths, Iterable) else [lengths]
     if not rows:
         raise ValueError("lengths must hold at least one row, got none; pass [[length, …], …].")
     for row in rows:
-        if not isinstance(row, Iterable) or isinstance(row, str):
+        # A scalar tensor calls itself iterable, and is not.
+        if not isinstance(row, Iterable) or isinstance(row, str | bytes) or getattr(row, "ndim", 1) == 0:
             raise TypeError(
                 f"lengths must be nested by row, got {row!r} where a row should stand; "
                 "wrap a single row as [[length, …]]."
@@ -246,7 +247,7 @@ def _rows_of(lengths: Iterable[Iterable[int]]) -> list[Iterable[int]]:
 
 
 def _checked_row_lengths(row: Iterable[int], index: int) -> tuple[int, ...]:
-    lengths = tuple(_checked_int(length, f"lengths[{index}]") for length in row)
+    lengths = tuple(checked_int(length, f"lengths[{index}]") for length in row)
     for length in lengths:
         if length < 1:
             raise ValueError(
@@ -255,7 +256,8 @@ def _checked_row_lengths(row: Iterable[int], index: int) -> tuple[int, ...]:
     return lengths
 
 
-def _checked_int(value: Any, name: str) -> int:
+def checked_int(value: Any, name: str) -> int:
+    """`value` as an int; TypeError for a bool and for whatever is no integer."""
     if not isinstance(value, bool):
         try:
             return operator.index(value)
@@ -265,14 +267,14 @@ def _checked_int(value: Any, name: str) -> int:
 
 
 def _checked_anchor_tokens(anchor_tokens: int) -> int:
-    anchor_tokens = _checked_int(anchor_tokens, "anchor_tokens")
+    anchor_tokens = checked_int(anchor_tokens, "anchor_tokens")
     if anchor_tokens < 0:
         raise ValueError(f"anchor_tokens must be at least 0, got {anchor_tokens}; pass 1 for the paper's anchor.")
     return anchor_tokens
 
 
 def _checked_seq_len(seq_len: int, anchor_tokens: int) -> int:
-    seq_len = _checked_int(seq_len, "seq_len")
+    seq_len = checked_int(seq_len, "seq_len")
     if seq_len < max(anchor_tokens, 1):
         raise ValueError(
             f"seq_len must be at least {max(anchor_tokens, 1)} (anchor_tokens={anchor_tokens}), got {seq_len}; "

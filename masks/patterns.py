@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anchor_attn.masks.layout import ANCHOR_ID, PADDING_ID, PackedLayout
+from anchor_attn.masks.layout import ANCHOR_ID, PADDING_ID, PackedLayout, checked_int
 
 Pattern = Literal["full", "intra_doc", "anchor"]
 PATTERNS = ("full", "intra_doc", "anchor")
@@ -31,7 +31,7 @@ def check_pattern(layout: PackedLayout, pattern: str, sliding_window: int | None
 
     Raises:
         ValueError: an unknown pattern, the anchor pattern without an anchor, or a window below 1.
-        TypeError: not a layout.
+        TypeError: not a layout, or a window that is no integer.
     """
     if not isinstance(layout, PackedLayout):
         raise TypeError(
@@ -45,7 +45,7 @@ def check_pattern(layout: PackedLayout, pattern: str, sliding_window: int | None
             "pattern='anchor' must have an anchor to show, got a layout with anchor_tokens=0; "
             "pass pattern='intra_doc', or pack with anchor_tokens=1."
         )
-    if sliding_window is not None and (isinstance(sliding_window, bool) or sliding_window < 1):
+    if sliding_window is not None and checked_int(sliding_window, "sliding_window") < 1:
         raise ValueError(f"sliding_window must be at least 1, got {sliding_window}; pass None for no window.")
 
 
@@ -106,7 +106,7 @@ def attended_pairs(
 
 def _causal_pairs(tokens: int, window: int | None) -> int:
     """Pairs of a causal triangle of `tokens`, cut to the window."""
-    reach = tokens if window is None else min(window, tokens)
+    reach = tokens if window is None else min(int(window), tokens)
     return reach * (reach + 1) // 2 + (tokens - reach) * reach
 
 
@@ -160,7 +160,7 @@ def _interval_tables(
     anchor_start = torch.zeros_like(start)
     anchor_end = torch.where(sees_anchor, anchor_tokens, 0)
     if sliding_window is not None:
-        oldest = slots - sliding_window + 1
+        oldest = slots - min(sliding_window, seq_len + anchor_tokens) + 1
         if pattern == "anchor" and keep_anchor:
             anchor_end = torch.where(padding, 0, anchor_tokens).expand_as(start)
         elif pattern == "anchor":
@@ -176,7 +176,8 @@ def _id_mask_mod(layout: PackedLayout, pattern: Pattern, sliding_window: int | N
     seq_len = layout.seq_len
     ids = layout.document_ids.flatten()
     ranks = layout.document_ranks().int().flatten()
-    window = seq_len + layout.anchor_tokens if sliding_window is None else sliding_window
+    widest = seq_len + layout.anchor_tokens  # no distance reaches it; a window of 2^31 would wrap round in int32
+    window = widest if sliding_window is None else min(sliding_window, widest)
 
     def visible(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         query, key = b * seq_len + q_idx, b * seq_len + kv_idx

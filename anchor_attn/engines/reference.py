@@ -39,16 +39,17 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, re
     batch, num_heads, q_len, _ = query.shape
     num_kv_heads, kv_len = key.shape[1:3]
     compute = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.to(compute).reshape(batch, num_kv_heads, -1, q_len, query.shape[-1])
-    scores = grouped @ key.to(compute)[:, :, None].mT
-    scores = scores.reshape(batch, num_heads, q_len, kv_len) * request.scale
-    if request.softcap is not None:
-        scores = request.softcap * torch.tanh(scores / request.softcap)
-    scores = scores.masked_fill(~mask, -torch.inf)
-    if request.sinks is not None:
-        # The sink is a logit without a value: it takes its share of the softmax and gives nothing.
-        sinks = request.sinks.to(compute).view(1, -1, 1, 1).expand(batch, num_heads, q_len, 1)
-        scores = torch.cat((scores, sinks), dim=-1)
-    weights = scores.softmax(dim=-1)[..., :kv_len]
-    out = weights.reshape(batch, num_kv_heads, -1, q_len, kv_len) @ value.to(compute)[:, :, None]
-    return out.reshape(batch, num_heads, q_len, -1).to(value.dtype)
+    with torch.autocast(query.device.type, enabled=False):  # it would take the products back to low precision
+        grouped = query.to(compute).reshape(batch, num_kv_heads, -1, q_len, query.shape[-1])
+        scores = grouped @ key.to(compute)[:, :, None].mT
+        scores = scores.reshape(batch, num_heads, q_len, kv_len) * request.scale
+        if request.softcap is not None:
+            scores = request.softcap * torch.tanh(scores / request.softcap)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if request.sinks is not None:
+            # The sink is a logit without a value: it takes its share of the softmax and gives nothing.
+            sinks = request.sinks.to(compute).view(1, -1, 1, 1).expand(batch, num_heads, q_len, 1)
+            scores = torch.cat((scores, sinks), dim=-1)
+        weights = scores.softmax(dim=-1)[..., :kv_len]
+        out = weights.reshape(batch, num_kv_heads, -1, q_len, kv_len) @ value.to(compute)[:, :, None]
+        return out.reshape(batch, num_heads, q_len, -1).to(value.dtype)

@@ -131,7 +131,7 @@ def _attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, anchor_tokens: 
     anchor's in front included: that is how a window counts (`keep_anchor=False`), and what the kept anchor is
     excepted from.
     """
-    window = request.sliding_window or key.shape[2]
+    window = min(request.sliding_window or key.shape[2], key.shape[2])
     kept = anchor_tokens if request.keep_anchor else 0
     offset = key.shape[2] - query.shape[2]
     key_parts, value_parts = key.split(CHUNK_TOKENS, dim=2), value.split(CHUNK_TOKENS, dim=2)
@@ -140,7 +140,7 @@ def _attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, anchor_tokens: 
     for chunk in query.split(CHUNK_TOKENS, dim=2):
         end = first_query + chunk.shape[2]
         reached = range(max(0, first_query - window + 1) // CHUNK_TOKENS, -(-end // CHUNK_TOKENS))
-        seen = [0, *reached] if kept and reached[0] > 0 else [*reached]
+        seen = [*range(min(-(-kept // CHUNK_TOKENS), reached.start)), *reached]
         places = torch.cat(
             [torch.arange(i * CHUNK_TOKENS, min((i + 1) * CHUNK_TOKENS, key.shape[2])) for i in seen]
         ).to(query.device)

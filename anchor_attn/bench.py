@@ -1,0 +1,221 @@
+"""Benchmarks: ratios against named rivals on the same input, in one run, after a parity check in that run.
+
+Every measurement alternates the rivals round by round, so that a noisy machine disturbs all of them alike, and
+reports medians.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anchor_attn.attention import anchor_attention
+from anchor_attn.masks import PATTERNS, PackedLayout, attended_pairs
+from anchor_attn.masks.patterns import Pattern
+
+PARITY_TOKENS = 700
+PARITY_TOLERANCE = 1e-4
+STEP_MODEL = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one rival took.
+
+    Attributes:
+        name: of the rival.
+        engine: of ours, or whose it is.
+        kernel: what computed it.
+        pattern: who attended to whom.
+        seq_len: tokens a row.
+        seconds: median of the rounds, the first left out.
+        fastest: of the rounds; `slowest`: likewise.
+        speedup: full's seconds over these.
+        share_of_ideal: the speedup, over full's pairs divided by this pattern's pairs.
+    """
+
+    name: str
+    engine: str
+    kernel: str
+    pattern: Pattern
+    seq_len: int
+    seconds: float
+    fastest: float
+    slowest: float
+    speedup: float
+    share_of_ideal: float
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Something to time: `run` does one round of it."""
+
+    name: str
+    engine: str
+    kernel: str
+    pattern: Pattern
+    run: Callable[[], Any]
+
+
+def draw_lengths(tokens: int, shortest: int, longest: int, seed: int) -> list[int]:
+    """Document lengths between `shortest` and `longest` that add up to `tokens`, from a seed.
+
+    Raises:
+        ValueError: no number of such documents adds up to `tokens`.
+    """
+    documents = max(1, round(2 * tokens / (shortest + longest)))
+    if not documents * shortest <= tokens <= documents * longest:
+        raise ValueError(
+            f"seq_len must hold documents of {shortest} to {longest} tokens, got room for {tokens}; raise seq_len."
+        )
+    draw = random.Random(seed)
+    while True:
+        lengths = [draw.randint(shortest, longest) for _ in range(documents - 1)]
+        if shortest <= tokens - sum(lengths) <= longest:
+            return [*lengths, tokens - sum(lengths)]
+
+
+def bench_attention(
+    layout: PackedLayout, num_heads: int, head_dim: int, rounds: int, device: str, seed: int
+) -> list[Timing]:
+    """Forward and backward of full SDPA and of the varlen engine under every pattern; float32.
+
+    Raises:
+        RuntimeError: an engine disagrees with the float64 reference; then nothing is timed.
+    """
+    check_parity(num_heads, head_dim, device, seed)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (layout.batch_size, num_heads, layout.seq_len, head_dim)
+    states = [torch.randn(shape, generator=generator).to(device).requires_grad_() for _ in range(3)]
+    cotangent = torch.randn(shape, generator=generator).to(device)
+    layout = layout.to(device)
+
+    def forward_backward(attend: Callable[..., Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(attend(*states), states, cotangent)
+
+    def varlen(pattern: Pattern) -> Rival:
+        attend = lambda q, k, v: anchor_attention(q, k, v, layout, pattern, engine="varlen")  # noqa: E731
+        return Rival(f"varlen {pattern}", "varlen", "sdpa per document", pattern, forward_backward(attend))
+
+    full = forward_backward(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    rivals = [Rival("full SDPA", "torch", "sdpa", "full", full), varlen("intra_doc"), varlen("anchor")]
+    return time_rivals(rivals, layout, rounds)
+
+
+def bench_step(layout: PackedLayout, model_size: dict[str, Any], rounds: int, device: str, seed: int) -> list[Timing]:
+    """One training step (forward, backward, AdamW) of a Llama under every pattern, and of transformers' own packing.
+
+    The rival "transformers packed SDPA" is the unwrapped model on the same rows with positions that restart at every
+    document, which is how transformers recognises packed rows.
+
+    Raises:
+        RuntimeError: an engine disagrees with the float64 reference; then nothing is timed.
+    """
+    import copy
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from anchor_attn.hf import wrap
+
+    check_parity(4, 32, device, seed)
+    torch.manual_seed(seed)
+    config = LlamaConfig(**model_size, vocab_size=257, max_position_embeddings=layout.seq_len)
+    plain = LlamaForCausalLM(config).to(device)
+    layout = layout.to(device)
+    ids = torch.randint(0, 256, (layout.batch_size, layout.seq_len), device=device)
+    # Every document's first token starts at position 0, the anchor with the first: one causal stretch each.
+    restart = (layout.document_ranks() + layout.anchor_tokens * (layout.document_ids <= 1)).clamp(min=0)
+
+    def step(model: Any, **inputs: Any) -> Callable[[], Any]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+        def run() -> None:
+            model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    rivals = [
+        Rival(
+            f"wrapped {pattern}",
+            "varlen",
+            "sdpa per document",
+            pattern,
+            step(wrap(copy.deepcopy(plain), pattern, engine="varlen"), document_ids=layout),
+        )
+        for pattern in PATTERNS
+    ]
+    theirs = step(plain, position_ids=restart)
+    rivals.append(Rival("transformers packed SDPA", "transformers", "sdpa, S × S mask", "intra_doc", theirs))
+    return time_rivals(rivals, layout, rounds)  # type: ignore[arg-type]  # PATTERNS are Patterns
+
+
+def check_parity(num_heads: int, head_dim: int, device: str, seed: int) -> float:
+    """Compare the varlen engine with the float64 reference, output and gradients, on a small row of this shape.
+
+    Returns:
+        The largest error relative to the largest value.
+
+    Raises:
+        RuntimeError: it is above 1e-4.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layout = PackedLayout.from_lengths([draw_lengths(PARITY_TOKENS - 1, 50, 300, seed)]).to(device)
+    shape = (1, num_heads, PARITY_TOKENS, head_dim)
+    inputs = [torch.randn(shape, generator=generator).to(device) for _ in range(4)]
+    worst = 0.0
+    for pattern in PATTERNS:
+        results = []
+        for engine, dtype in (("reference", torch.float64), ("varlen", torch.float32)):
+            *states, cotangent = (tensor.to(dtype) for tensor in inputs)
+            states = [state.requires_grad_() for state in states]
+            out = anchor_attention(*states, layout, pattern, engine)  # type: ignore[arg-type]
+            results.append([out.detach(), *torch.autograd.grad(out, states, cotangent)])
+        for oracle, ours in zip(*results, strict=True):
+            worst = max(worst, float((oracle - ours).abs().max() / oracle.abs().max()))
+    if worst > PARITY_TOLERANCE:
+        raise RuntimeError(f"varlen must agree with the reference before it is timed, got an error of {worst:.1e}")
+    return worst
+
+
+def time_rivals(rivals: Sequence[Rival], layout: PackedLayout, rounds: int) -> list[Timing]:
+    """Time rivals in turn, `rounds` times after one round that is not counted; ratios are to the "full" pattern."""
+    seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+    for _ in range(rounds + 1):
+        for rival in rivals:
+            start = time.perf_counter()
+            rival.run()
+            if layout.device.type == "cuda":
+                torch.cuda.synchronize(layout.device)
+            seconds[rival.name].append(time.perf_counter() - start)
+    medians = {name: median(values[1:]) for name, values in seconds.items()}
+    full_name = next(rival.name for rival in rivals if rival.pattern == "full")
+    pairs = {pattern: sum(attended_pairs(layout, pattern)) for pattern in PATTERNS}  # type: ignore[arg-type]
+    return [
+        Timing(
+            name=rival.name,
+            engine=rival.engine,
+            kernel=rival.kernel,
+            pattern=rival.pattern,
+            seq_len=layout.seq_len,
+            seconds=medians[rival.name],
+            fastest=min(seconds[rival.name][1:]),
+            slowest=max(seconds[rival.name][1:]),
+            speedup=(speedup := medians[full_name] / medians[rival.name]),
+            share_of_ideal=speedup * pairs[rival.pattern] / pairs["full"],
+        )
+        for rival in rivals
+    ]

@@ -1,0 +1,48 @@
+"""`anchor-attn`: its commands, and what becomes of their errors."""
+
+import os
+import sys
+
+import typer
+
+from anchor_attn.cli.bench import bench_command
+from anchor_attn.cli.compare import compare_command
+
+# Newer releases of typer carry a click of their own, older ones import it: the class is found, not imported.
+UsageError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="anchor-attn",
+    help="AnchorAttention for packed long-context training.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("compare")(compare_command)
+app.command("bench")(bench_command)
+
+
+@app.callback(invoke_without_command=True)
+def show_help(context: typer.Context) -> None:
+    """AnchorAttention for packed long-context training."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Run a command: exit code 0, 1 when a check failed, 2 for bad input with one line on stderr."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except UsageError as error:
+        _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        if os.environ.get("ANCHOR_ATTN_TRACEBACK"):
+            raise
+        _fail(str(error), 1 if isinstance(error, RuntimeError) else 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"anchor-attn: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

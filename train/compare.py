@@ -1,0 +1,315 @@
+"""Full, intra-document and anchor attention on the same tokens: what is the difference, and what did it cost?
+
+documents ─ split by file ─┬─ packed by seed ─ one process an arm and seed ─ records ─ paired differences
+                           └─ held out: alone behind the anchor, and packed
+"""
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anchor_attn.attention import choose_engine
+from anchor_attn.masks.layout import PackedLayout
+from anchor_attn.results import describe_environment, write_json, write_jsonl
+from anchor_attn.train.documents import Documents, read_documents
+from anchor_attn.train.packing import Cut, PackedRows, Tokenizer, load_tokenizer, pack_documents
+from anchor_attn.train.presets import SIZES
+from anchor_attn.train.run import Arm, RunSpec, run_arm
+
+SEEDS_FOR_AN_INTERVAL = 3
+HELD_OUT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare, on what.
+
+    Attributes:
+        arms: names as `Arm.parse` reads them.
+        seeds: each gives initial weights and a row order that all arms share; three or more give an interval.
+        data: as `read_documents`.
+        text_column: as `read_documents`.
+        tokenizer: as `load_tokenizer`; the model's own when None and the model is a checkpoint, else "bytes".
+        model: as `create_model`.
+        seq_len: tokens a row, the anchor included.
+        steps: optimizer steps of each run.
+        batch_size: rows a step.
+        learning_rate: peak of the cosine.
+        cut: as `pack_documents`.
+        held_out_rows: rows of held-out documents to measure on.
+        engine: as `anchor_attention`.
+        device: "cpu" or "cuda".
+        dtype: "float32", or "bfloat16" for autocast over float32 weights.
+        out: folder of the results.
+    """
+
+    arms: tuple[str, ...] = ("full", "intra_doc", "anchor")
+    seeds: tuple[int, ...] = (0,)
+    data: str = "stdlib"
+    text_column: str = "text"
+    tokenizer: str | None = None
+    model: str = "laptop"
+    seq_len: int = 4096
+    steps: int = 100
+    batch_size: int = 1
+    learning_rate: float = 3e-3
+    cut: Cut = "continue"
+    held_out_rows: int = 12
+    engine: str = "auto"
+    device: str = "cpu"
+    dtype: str = "float32"
+    out: Path = field(default=Path("runs/compare"))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two arms differ on one measure, seed by seed.
+
+    Attributes:
+        first: an arm; `second`: the other.
+        mean: of first minus second over the seeds.
+        low: of the 95 % interval, paired t; None below three seeds. `high`: its other end.
+    """
+
+    first: str
+    second: str
+    mean: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        text = f"{self.first} − {self.second}: {self.mean:+.4f} nats"
+        if self.low is None or self.high is None:
+            return f"{text} (no interval below {SEEDS_FOR_AN_INTERVAL} seeds)"
+        verdict = "no difference seen" if self.low <= 0 <= self.high else "a difference"
+        return f"{text}, 95 % [{self.low:+.4f}, {self.high:+.4f}]: {verdict}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a comparison found.
+
+    Attributes:
+        meta: where the numbers come from.
+        records: one an arm and seed, with `curve`, the losses by step.
+        example: the layout of the first training row, for a picture.
+    """
+
+    meta: dict[str, Any]
+    records: list[dict[str, Any]]
+    example: PackedLayout
+
+    def of_arm(self, arm: str) -> list[dict[str, Any]]:
+        """The records of one arm, by seed."""
+        return [record for record in self.records if record["arm"] == arm]
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms, in order."""
+        return list(dict.fromkeys(record["arm"] for record in self.records))
+
+    def differences(self, key: str = "held_out_loss") -> list[Difference]:
+        """Every pair of arms, compared seed by seed."""
+        return [
+            paired_difference(first, second, *([record[key] for record in self.of_arm(arm)] for arm in (first, second)))
+            for first, second in combinations(self.arms, 2)
+        ]
+
+
+def paired_difference(first: str, second: str, ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """First minus second over paired seeds, with a 95 % paired t interval from three seeds on."""
+    differences = np.subtract(ours, theirs)
+    mean = float(differences.mean())
+    if len(differences) < SEEDS_FOR_AN_INTERVAL:
+        return Difference(first, second, mean, None, None)
+    if np.ptp(differences) == 0:  # no spread, and the t interval is that point
+        return Difference(first, second, mean, mean, mean)
+    from scipy import stats
+
+    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    return Difference(first, second, mean, float(interval.low), float(interval.high))
+
+
+def compare(settings: Comparison, say: Callable[[str], None] = lambda _: None) -> Result:
+    """Train every arm on every seed, each in a process of its own, and write `results.json`.
+
+    Args:
+        settings: what to compare.
+        say: is told what happens, a line at a time.
+
+    Returns:
+        The result; per-step losses lie in `runs/<arm>-seed<k>/losses.jsonl` under `settings.out`.
+
+    Raises:
+        ValueError: a setting, a source or a model that cannot be used.
+        RuntimeError: a run that died.
+    """
+    arms = [Arm.parse(name) for name in settings.arms]
+    _check(settings, arms)
+    documents = read_documents(settings.data, text_column=settings.text_column)
+    say(f"{documents.source}: {len(documents):,} documents, {len(documents.skipped):,} left out")
+    train, held_out = documents.split_by_file(HELD_OUT_SHARE)
+    tokenizer = load_tokenizer(settings.tokenizer or _tokenizer_of(settings.model))
+    packed, alone = _hold_out(held_out, settings, tokenizer)
+    records, meta = [], {}
+    example = None
+    for seed in settings.seeds:
+        rows = pack_documents(
+            train,
+            settings.seq_len,
+            tokenizer=tokenizer,
+            cut=settings.cut,
+            shuffle_seed=seed,
+            max_rows=settings.steps * settings.batch_size,
+        )
+        if not meta:
+            meta = _meta(settings, documents, held_out, rows, packed, alone)
+            say(str(rows.report))
+            example = PackedLayout.from_lengths([rows[0]["document_lengths"]])
+        for arm in arms:
+            say(f"{arm.name}, seed {seed}: {settings.steps} steps of {settings.batch_size} × {settings.seq_len:,}")
+            spec = RunSpec(
+                arm=arm,
+                seed=seed,
+                model=settings.model,
+                vocab_size=tokenizer.vocab_size,
+                anchor_token_id=tokenizer.anchor_token_id,
+                seq_len=settings.seq_len,
+                steps=settings.steps,
+                batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                engine=settings.engine,
+                device=settings.device,
+                dtype=settings.dtype,
+                out=settings.out / "runs" / f"{arm.name}-seed{seed}",
+            )
+            record = _run_in_own_process(spec, rows, packed, alone)
+            write_jsonl(spec.out / "losses.jsonl", record["curve"], meta)
+            records.append(record)
+    flat = [{key: value for key, value in record.items() if key != "curve"} for record in records]
+    write_json(settings.out / "results.json", {"meta": meta, "records": flat})
+    assert example is not None  # noqa: S101  # at least one seed was checked above
+    return Result(meta, records, example)
+
+
+def _check(settings: Comparison, arms: Sequence[Arm]) -> None:
+    """Raise for settings that no run could use, before anything is read."""
+    for name, values in (("arms", settings.arms), ("seeds", settings.seeds)):
+        if not values:
+            raise ValueError(f"{name} must name at least one, got none; pass one.")
+        if len(set(values)) != len(values):
+            raise ValueError(f"{name} must differ, got {', '.join(map(str, values))}; name each once.")
+    for name in ("seq_len", "steps", "batch_size", "held_out_rows"):
+        if (value := getattr(settings, name)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}; raise it.")
+    if not 0 < settings.learning_rate < float("inf"):
+        raise ValueError(f"learning_rate must be positive, got {settings.learning_rate}; pass 3e-3, say.")
+    if settings.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, got {settings.dtype!r}; pass one of them.")
+    choose_engine(settings.engine)
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be one that torch has here, got {settings.device!r}; pass --device cpu."
+        ) from error
+
+
+def _tokenizer_of(model: str) -> str:
+    return "bytes" if model in SIZES or model.endswith(".json") else model
+
+
+def _hold_out(
+    held_out: Documents, settings: Comparison, tokenizer: Tokenizer
+) -> tuple[PackedRows, list[dict[str, Any]]]:
+    """Held-out documents packed as in training, and the same documents a row each, cut to seq_len."""
+    documents = held_out.dataset.shuffle(seed=0)
+    packed = pack_documents(
+        documents, settings.seq_len, tokenizer=tokenizer, cut=settings.cut, max_rows=settings.held_out_rows
+    )
+    read = packed.report.documents - packed.report.unread_documents
+    alone = [
+        pack_documents([row], settings.seq_len, tokenizer=tokenizer, cut="drop")[0]
+        for row in documents.select(range(read))
+    ]
+    return packed, alone
+
+
+def _run_in_own_process(
+    spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """`run_arm` in a fresh process: its peak memory is its own, and no arm inherits another's state."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, spec, rows, packed, alone), name=spec.arm.name)
+    process.start()
+    sender.close()
+    try:
+        outcome = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"arm {spec.arm.name} of seed {spec.seed} died with exit code {process.exitcode}; its words stand above."
+        ) from None
+    finally:
+        if process.exitcode is None and sys.exc_info()[0] is KeyboardInterrupt:
+            process.terminate()
+        process.join()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _child(
+    sender: Connection, spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: list[dict[str, Any]]
+) -> None:
+    try:
+        sender.send(run_arm(spec, rows, packed, alone))
+    except (ValueError, TypeError, ImportError) as error:  # the caller's to mend: one line there, no traceback here
+        sender.send(type(error)(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _meta(
+    settings: Comparison,
+    documents: Documents,
+    held_out: Documents,
+    rows: PackedRows,
+    packed: PackedRows,
+    alone: list[dict[str, Any]],
+) -> dict[str, Any]:
+    return {
+        **describe_environment(settings.device),
+        "settings": {**asdict(settings), "out": str(settings.out)},
+        "dtype": settings.dtype,
+        "seeds": list(settings.seeds),
+        "corpus": documents.meta,
+        "corpus_hash": documents.corpus_hash,
+        "tokenizer": rows.tokenizer.name,
+        "held_out": {
+            "documents": len(alone),
+            "of_documents": len(held_out),
+            "packed_rows": len(packed),
+            "cut_to_seq_len": sum(len(row["input_ids"]) == settings.seq_len for row in alone),
+        },
+        "packing": asdict(rows.report),
+        "document_lengths": asdict(rows.report.document_lengths),
+        "unigram_loss": unigram_loss(rows, alone),
+    }
+
+
+def unigram_loss(rows: PackedRows, held_out: Sequence[dict[str, Any]]) -> float:
+    """Nats per held-out document token of a model that knows only how frequent each token is in training rows."""
+    counts = np.bincount(rows.tokens, minlength=rows.tokenizer.vocab_size) + 1.0
+    anchors = rows.anchor_tokens
+    unseen = np.concatenate([row["input_ids"][anchors + 1 :] for row in held_out])
+    return float(-np.log(counts / counts.sum())[unseen].mean())

@@ -1,0 +1,423 @@
+"""From documents to rows of S tokens: tokenizers, and packing that accounts for every token.
+
+documents   [a a a]  [b b b b b]  [c c]
+rows        0 a a a b b     0 b b b c c        0 = the anchor; the rest of b opens the next row
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from anchor_attn.train.documents import TOKENS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Cut = Literal["continue", "drop"]
+CUTS = ("continue", "drop")
+BATCH_DOCUMENTS = 1_000
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What packing asks of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """What `load_tokenizer` makes it from."""
+
+    @property
+    def anchor_token_id(self) -> int:
+        """The token that stands at the front of every row."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id, added tokens and the anchor included."""
+
+    def encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        """The token ids of each text, and nothing in front of or behind them."""
+
+
+class ByteTokenizer:
+    """A token a UTF-8 byte, 0 … 255, and 256 as the anchor."""
+
+    name = "bytes"
+    anchor_token_id = 256
+    vocab_size = 257
+
+    def encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        """The UTF-8 bytes of each text."""
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
+
+
+class HuggingFaceTokenizer:
+    """A transformers tokenizer without its special tokens; its BOS, or else its EOS, is the anchor.
+
+    Raises:
+        ValueError: a tokenizer with neither.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+        anchor = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if anchor is None:
+            raise ValueError(
+                f"tokenizer must have a BOS or an EOS token for the anchor, got {name!r} with neither; "
+                "set one with tokenizer.add_special_tokens({'bos_token': '<s>'}) and pass that tokenizer."
+            )
+        self.tokenizer = tokenizer
+        self.name = name
+        self.anchor_token_id = int(anchor)
+        # Not tokenizer.vocab_size, which leaves out added tokens, nor len() alone, which is short where ids have gaps.
+        self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+    def encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        """The token ids of each text, neither cut nor padded."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,  # many add a BOS by themselves, and then every document has one
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # a document longer than the model's context is no news here
+        )
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded[TOKENS]]
+
+
+def load_tokenizer(tokenizer: "str | PathLike[str] | Tokenizer | PreTrainedTokenizerBase" = "bytes") -> Tokenizer:
+    """The tokenizer of a name: "bytes", or one of Hugging Face by its name or path. Tokenizers pass through.
+
+    Raises:
+        ValueError: nothing loads by that name, or it has neither BOS nor EOS for the anchor.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if not isinstance(tokenizer, str | PathLike):
+        return HuggingFaceTokenizer(tokenizer, str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__)))
+    if tokenizer == ByteTokenizer.name:
+        return ByteTokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except Exception as error:  # OSError, ValueError, KeyError or the tokenizer's own, by what is wrong
+        where = "the files there" if Path(tokenizer).exists() else "the name and the network"
+        raise ValueError(
+            f"tokenizer must be 'bytes' or the name or path of a Hugging Face tokenizer, got {str(tokenizer)!r}, "
+            f"which does not load ({type(error).__name__}); check {where}."
+        ) from error
+    return HuggingFaceTokenizer(loaded, str(tokenizer))
+
+
+@dataclass(frozen=True)
+class LengthDistribution:
+    """Tokens a document, before any cut: smallest, quartiles, largest and mean."""
+
+    min: int
+    lower_quartile: float
+    median: float
+    upper_quartile: float
+    max: int
+    mean: float
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    """Where every token went: `document_tokens == packed_tokens + dropped_tokens + unread_tokens`.
+
+    Attributes:
+        seq_len: tokens a row, the anchor included.
+        anchor_tokens: anchor tokens a row; counted nowhere below.
+        cut: what became of documents at a row's end.
+        rows: rows made.
+        documents: documents with at least one token.
+        document_tokens: their tokens.
+        packed_tokens: document tokens in the rows.
+        continued: rows that open with the rest of a document, as a document of its own.
+        dropped_documents: documents that lost their rest at a row's end.
+        dropped_tokens: what they lost.
+        unread_documents: documents that `max_rows` left no row for.
+        unread_tokens: their tokens, and the rest of the document that the last row cut.
+        padded_tokens: slots of the last row that a collator fills up to `seq_len`.
+        empty_documents: names of documents that have no token.
+        document_lengths: of the documents with at least one token.
+    """
+
+    seq_len: int
+    anchor_tokens: int
+    cut: Cut
+    rows: int
+    documents: int
+    document_tokens: int
+    packed_tokens: int
+    continued: int
+    dropped_documents: int
+    dropped_tokens: int
+    unread_documents: int
+    unread_tokens: int
+    padded_tokens: int
+    empty_documents: tuple[str, ...]
+    document_lengths: LengthDistribution
+
+    def __str__(self) -> str:
+        lengths = self.document_lengths
+        return (
+            f"{self.documents:,} documents, {self.document_tokens:,} tokens -> {self.rows:,} rows of {self.seq_len:,}, "
+            f"{self.padded_tokens:,} slots padded\n"
+            f"tokens a document: {lengths.min:,} min, {lengths.lower_quartile:,.0f} / {lengths.median:,.0f} / "
+            f"{lengths.upper_quartile:,.0f} quartiles, {lengths.max:,} max, {lengths.mean:,.1f} mean\n"
+            f"{self.continued:,} continued in the next row; dropped {self.dropped_tokens:,} tokens of "
+            f"{self.dropped_documents:,} documents; unread {self.unread_tokens:,} tokens, "
+            f"{self.unread_documents:,} whole documents; {len(self.empty_documents):,} empty documents"
+        )
+
+
+class PackedRows(Dataset[dict[str, Any]]):
+    """Packed rows, as a map-style dataset that a Trainer or DataLoader takes.
+
+        rows[0]   {"input_ids": int32 [256 97 97 97 98 98], "document_lengths": [3, 2]}
+
+    `input_ids` includes the anchor, `document_lengths` does not. Only the last row may be shorter than `seq_len`.
+
+    Attributes:
+        tokens: int32, all documents one after the other; rows are slices of it.
+        seq_len: tokens a full row, the anchor included.
+        anchor_tokens: anchor tokens at the front of every row.
+        tokenizer: where `anchor_token_id` and `vocab_size` come from.
+        report: where every token went.
+    """
+
+    def __init__(self, tokens: NDArray[np.int32], rows: "_Rows", tokenizer: Tokenizer, report: PackingReport) -> None:
+        self.tokens = tokens
+        self.seq_len = report.seq_len
+        self.anchor_tokens = report.anchor_tokens
+        self.tokenizer = tokenizer
+        self.report = report
+        self._rows = rows
+        self._anchor = np.full(report.anchor_tokens, tokenizer.anchor_token_id, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._rows.begins)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = range(len(self))[index]
+        own = self.tokens[self._rows.begins[row] : self._rows.ends[row]]
+        return {TOKENS: np.concatenate([self._anchor, own]), "document_lengths": self._lengths(row)}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def document_lengths(self) -> list[list[int]]:
+        """Per row, the tokens of each document, as `PackedLayout.from_lengths` takes them."""
+        return [self._lengths(row) for row in range(len(self))]
+
+    def _lengths(self, row: int) -> list[int]:
+        first, last = self._rows.piece_bounds[row : row + 2]
+        return self._rows.piece_lengths[first:last].tolist()
+
+
+def pack_documents(
+    documents: Iterable[Any],
+    seq_len: int,
+    *,
+    tokenizer: "str | PathLike[str] | Tokenizer | PreTrainedTokenizerBase | None" = None,
+    anchor_tokens: int = 1,
+    cut: Cut = "continue",
+    shuffle_seed: int | None = None,
+    max_rows: int | None = None,
+) -> PackedRows:
+    """Pack documents into rows: the anchor, then documents in order, cut at the row's end.
+
+        lengths [3, 5, 2], seq_len=6    continue   0 a a a b b     0 b b b c c
+                                        drop       0 a a a b b     0 c c
+
+    Args:
+        documents: `Documents`, a Hugging Face dataset, or any finite iterable of rows with `text` or `input_ids`, of
+            strings, or of sequences of token ids.
+        seq_len: tokens a row, the anchor included [S].
+        tokenizer: as in `load_tokenizer`; bytes when None. It gives the anchor and the vocabulary even where the
+            documents come as token ids.
+        anchor_tokens: how often the anchor stands at the front of a row.
+        cut: what becomes of the rest of a document that a row's end cuts: "continue" opens the next row with it, as
+            a document of its own, "drop" throws it away.
+        shuffle_seed: shuffle the documents with this seed; keep their order when None.
+        max_rows: stop after so many rows; the report says what stays unread.
+
+    Raises:
+        TypeError: something that is neither text nor token ids.
+        ValueError: a row too short for the anchor and one token, an unknown cut, no token at all, or a token id
+            outside the vocabulary; the message names the document.
+    """
+    room = _checked_room(seq_len, anchor_tokens, cut, max_rows)
+    tokenizer = load_tokenizer("bytes" if tokenizer is None else tokenizer)
+    named = _tokenize(documents, tokenizer)
+    empty = tuple(name for name, ids in named if len(ids) == 0)
+    named = [(name, ids) for name, ids in named if len(ids)]
+    if not named:
+        raise ValueError(
+            f"documents must hold at least one token, got {len(empty)} documents without any; pass other documents."
+        )
+    if shuffle_seed is not None:
+        named = [named[place] for place in np.random.default_rng(shuffle_seed).permutation(len(named))]
+    lengths = np.array([len(ids) for _, ids in named])
+    document_ends = lengths.cumsum()
+    tokens = _checked_tokens(np.concatenate([ids for _, ids in named]), named, document_ends, tokenizer)
+    rows = _rows(document_ends, room, cut, max_rows)
+    report = _report(rows, lengths, document_ends, seq_len, anchor_tokens, cut, empty)
+    return PackedRows(tokens, rows, tokenizer, report)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows as slices [begin, end) of the token stream, and their pieces of documents.
+
+    Attributes:
+        begins: int64 [rows].
+        ends: int64 [rows].
+        piece_lengths: int64, of all rows one after the other.
+        piece_bounds: int64 [rows + 1], where each row's pieces begin.
+    """
+
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    piece_lengths: NDArray[np.int64]
+    piece_bounds: NDArray[np.int64]
+
+
+def _rows(document_ends: NDArray[np.int64], room: int, cut: Cut, max_rows: int | None) -> _Rows:
+    total = int(document_ends[-1])
+    begins = np.arange(0, total, room) if cut == "continue" else _begins_after_drop(document_ends, room)
+    begins = begins[:max_rows]
+    ends = np.minimum(begins + room, total)
+    edges = np.union1d(np.concatenate([begins, ends]), document_ends)
+    row = np.searchsorted(begins, edges[:-1], side="right") - 1
+    inside = edges[:-1] < ends[row]  # the others are what was dropped, and what comes after the last row
+    piece_bounds = np.searchsorted(row[inside], np.arange(len(begins) + 1))
+    return _Rows(begins, ends, np.diff(edges)[inside], piece_bounds)
+
+
+def _begins_after_drop(document_ends: NDArray[np.int64], room: int) -> NDArray[np.int64]:
+    """Row begins where every row that is full waits for the end of the document that it cut."""
+    begins = [0]
+    while begins[-1] + room < document_ends[-1]:
+        begins.append(int(document_ends[np.searchsorted(document_ends, begins[-1] + room)]))
+    return np.array([begin for begin in begins if begin < document_ends[-1]])
+
+
+def _report(
+    rows: _Rows,
+    lengths: NDArray[np.int64],
+    document_ends: NDArray[np.int64],
+    seq_len: int,
+    anchor_tokens: int,
+    cut: Cut,
+    empty: tuple[str, ...],
+) -> PackingReport:
+    document_begins = document_ends - lengths
+    packed = int((rows.ends - rows.begins).sum())
+    last = int(rows.ends[-1])
+    read = last if cut == "continue" else int(document_ends[np.searchsorted(document_ends, last)])
+    lower, median, upper = np.percentile(lengths, [25, 50, 75]).tolist()
+    return PackingReport(
+        seq_len=seq_len,
+        anchor_tokens=anchor_tokens,
+        cut=cut,
+        rows=len(rows.begins),
+        documents=len(lengths),
+        document_tokens=int(document_ends[-1]),
+        packed_tokens=packed,
+        continued=int(np.isin(rows.begins, document_begins, invert=True).sum()),
+        dropped_documents=int(np.isin(rows.ends, document_ends, invert=True).sum()) if cut == "drop" else 0,
+        dropped_tokens=read - packed,
+        unread_documents=int((document_begins >= read).sum()),
+        unread_tokens=int(document_ends[-1]) - read,
+        padded_tokens=seq_len - anchor_tokens - int(rows.ends[-1] - rows.begins[-1]),
+        empty_documents=empty,
+        document_lengths=LengthDistribution(
+            int(lengths.min()), lower, median, upper, int(lengths.max()), float(lengths.mean())
+        ),
+    )
+
+
+def _checked_room(seq_len: int, anchor_tokens: int, cut: str, max_rows: int | None) -> int:
+    """Document tokens a row."""
+    if anchor_tokens < 0:
+        raise ValueError(f"anchor_tokens must be at least 0, got {anchor_tokens}; pass 1 for the paper's anchor.")
+    if seq_len < anchor_tokens + 1:
+        raise ValueError(
+            f"seq_len must be at least {anchor_tokens + 1} (anchor_tokens={anchor_tokens} and one token), "
+            f"got {seq_len}; raise seq_len."
+        )
+    if cut not in CUTS:
+        raise ValueError(f"cut must be one of {CUTS}, got {cut!r}; pass one of them.")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}; pass None to pack everything.")
+    return seq_len - anchor_tokens
+
+
+def _tokenize(documents: Iterable[Any], tokenizer: Tokenizer) -> list[tuple[str, NDArray[Any]]]:
+    """Name and token ids of every document, in order."""
+    named: list[tuple[str, NDArray[Any]]] = []
+    contents = _contents(documents)
+    while batch := list(islice(contents, BATCH_DOCUMENTS)):
+        encoded = iter(tokenizer.encode([content for _, content in batch if isinstance(content, str)]))
+        named += [
+            (name, next(encoded) if isinstance(content, str) else _token_ids(name, content)) for name, content in batch
+        ]
+    return named
+
+
+def _contents(documents: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Name and text, or token ids, of every document."""
+    if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
+        raise TypeError(
+            f"documents must be a sequence of documents, got {type(documents).__name__}; "
+            "pass read_documents(…), or a list with one entry a document."
+        )
+    for number, document in enumerate(documents, start=1):
+        name, content = f"document {number}", document
+        if isinstance(document, Mapping):
+            name = str(document.get("name", name))
+            content = document.get("text", document.get(TOKENS))
+            if content is None:
+                raise ValueError(
+                    f"documents must have 'text' or 'input_ids', got the columns {sorted(document)} in {name!r}; "
+                    "rename the column, or read them with read_documents, which leaves out rows without."
+                )
+        yield name, content
+
+
+def _token_ids(name: str, content: Any) -> NDArray[Any]:
+    ids = np.asarray(content)
+    if ids.ndim == 1 and ids.size == 0:
+        return ids.astype(np.int32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise TypeError(
+            f"documents must hold text or token ids, got {content!r:.60} in {name!r}; "
+            "pass a string or a flat sequence of integers."
+        )
+    return ids if ids.dtype == np.int32 else ids.astype(np.int64)  # unsigned and signed would meet as floats
+
+
+def _checked_tokens(
+    tokens: NDArray[Any], named: list[tuple[str, NDArray[Any]]], document_ends: NDArray[np.int64], tokenizer: Tokenizer
+) -> NDArray[np.int32]:
+    outside = (tokens < 0) | (tokens >= tokenizer.vocab_size)
+    if outside.any():
+        place = int(outside.argmax())
+        name = named[int(np.searchsorted(document_ends, place, side="right"))][0]
+        raise ValueError(
+            f"documents must hold token ids from 0 to {tokenizer.vocab_size - 1}, the vocabulary of "
+            f"{tokenizer.name!r}, got {int(tokens[place])} in {name!r}; pass the tokenizer that made them."
+        )
+    return tokens.astype(np.int32, copy=False)

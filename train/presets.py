@@ -1,0 +1,89 @@
+"""Models to train: sizes that a laptop holds, config files, and names of pretrained checkpoints."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "laptop": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id: int) -> "PreTrainedModel":
+    """A causal language model, freshly initialised from torch's seed or read from a checkpoint.
+
+    Args:
+        name: a size ("tiny", "laptop", "small": Llama of that size), a config file (*.json) that is trained from
+            scratch, or the name or folder of a pretrained checkpoint.
+        vocab_size: of the tokenizer. A size and a config file take it over; a checkpoint must be at least as large.
+        max_positions: longest row in tokens; a size is made for it.
+        anchor_token_id: becomes the BOS id of a size.
+
+    Raises:
+        ValueError: an unknown name, an unreadable config, or a checkpoint with a smaller vocabulary.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    if name in SIZES:
+        config = LlamaConfig(
+            **SIZES[name],
+            vocab_size=vocab_size,
+            max_position_embeddings=max_positions,
+            bos_token_id=anchor_token_id,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+        return AutoModelForCausalLM.from_config(config)
+    if name.endswith(".json"):
+        config = _read_config(name)
+        config.vocab_size = vocab_size
+        return AutoModelForCausalLM.from_config(config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model must be one of {', '.join(SIZES)}, a config file (*.json), or a checkpoint's name or folder, "
+            f"got {name!r}; {str(error).splitlines()[0]}"
+        ) from error
+    if model.config.vocab_size < vocab_size:
+        raise ValueError(
+            f"model must have a vocabulary of at least the tokenizer's {vocab_size}, got {name!r} with "
+            f"{model.config.vocab_size}; pass the tokenizer that belongs to it."
+        )
+    return model
+
+
+def _read_config(path: str) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    if not Path(path).is_file():
+        raise ValueError(f"model must be a config file that exists, got {path!r}; check the path.")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model must be a readable transformers config with a known model_type, got {path!r}; "
+            f"{str(error).splitlines()[0]}"
+        ) from error

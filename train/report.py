@@ -1,0 +1,224 @@
+"""What a comparison says: a table for the terminal, pictures, and one HTML page."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anchor_attn.masks import dense_mask
+from anchor_attn.page import Page
+from anchor_attn.train.run import WARM_UP_STEPS, Arm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from anchor_attn.train.compare import Result
+
+HEADER = (
+    "arm",
+    "pairs / full",
+    "step s",
+    "step / full",
+    "tokens/s",
+    "train loss",
+    "held-out loss",
+    "packed",
+    "peak MB",
+)
+SMOOTHING_STEPS = 10
+
+
+def table_rows(result: "Result") -> list[list[str]]:
+    """A row an arm under `HEADER`: medians of times, means of losses over the seeds, with ± one standard deviation."""
+    rows = []
+    base = _time_base(result)
+    for arm in result.arms:
+        records = result.of_arm(arm)
+        step_s = float(np.median([record["step_s"] for record in records]))
+        rows.append(
+            [
+                arm,
+                f"{100 * records[0]['attended_pairs'] / _full_pairs(result):.0f} %",
+                f"{step_s:.2f}",
+                f"{100 * step_s / base:.0f} %" if base else "–",
+                f"{np.median([record['tokens_per_s'] for record in records]):,.0f}",
+                *(_mean_and_spread([r[key] for r in records]) for key in ("loss", "held_out_loss")),
+                _mean_and_spread([record["held_out_loss_packed"] for record in records]),
+                f"{max(record['peak_bytes'] for record in records) / 2**20:,.0f}",
+            ]
+        )
+    return rows
+
+
+def findings(result: "Result") -> list[str]:
+    """What may be said, one sentence each; "no difference seen" where an interval includes zero."""
+    unigram = result.meta["unigram_loss"]
+    best = min(record["held_out_loss"] for record in result.records)
+    worst = max(record["held_out_loss"] for record in result.records)
+    learned = "all arms learned" if worst < unigram else "not every arm learned more than token frequencies"
+    sentences = [
+        f"Held-out loss {best:.3f} … {worst:.3f} nats a token; token frequencies alone give {unigram:.3f}: {learned}.",
+        *(f"Held-out: {difference}." for difference in result.differences()),
+    ]
+    if len(result.meta["seeds"]) == 1:
+        sentences.append("One seed: differences in loss may be chance. Pass --seeds 3 or more for an interval.")
+    return sentences
+
+
+def write_report(result: "Result", out: Path) -> list[Path]:
+    """Write `report.html` and the PNGs in it.
+
+    Returns:
+        The files written, the page first.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    require_matplotlib()
+    figures = {
+        "masks": (_draw_masks(result), "The first training row under each pattern: who attends to whom."),
+        "loss": (_draw_losses(result), f"Training loss, mean of {SMOOTHING_STEPS} steps, against tokens and seconds."),
+        "step_time": (_draw_step_times(result), "Seconds a step, and what the attended pairs alone would suggest."),
+        "held_out": (_draw_by_position(result), "Held-out loss by place in the document, each document alone."),
+    }
+    meta = result.meta
+    page = Page("Full, intra-document and anchor attention")
+    page.paragraph(
+        f"{', '.join(result.arms)} on {meta['corpus']['source']}: {meta['settings']['steps']} steps of "
+        f"{meta['settings']['batch_size']} × {meta['settings']['seq_len']:,} tokens, seeds "
+        f"{', '.join(map(str, meta['seeds']))}, model {meta['settings']['model']} "
+        f"({result.records[0]['parameters']:,} parameters), {meta['dtype']} on {meta['device_name']}, "
+        f"{meta['threads']} threads. Same tokens, same order, same initial weights in every arm of a seed."
+    )
+    page.table(HEADER, table_rows(result))
+    page.paragraph(
+        f"Losses in nats per labelled token. Held-out: {meta['held_out']['documents']} documents, each alone behind "
+        f"the anchor, the same rows for every arm. Packed: the arm's own mask; not to be compared across arms. "
+        f"Times are medians; the first {WARM_UP_STEPS} steps are left out."
+    )
+    page.heading("What may be said")
+    page.bullets(findings(result))
+    for name, (figure, caption) in figures.items():
+        page.heading(name.replace("_", " ").capitalize())
+        page.figure(figure, caption)
+    _write_provenance(page, meta)
+    written = [out / "report.html"]
+    page.write(written[0])
+    for name, (figure, _) in figures.items():
+        written.append(out / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
+    return written
+
+
+def _write_provenance(page: Page, meta: dict[str, Any]) -> None:
+    corpus, packing = meta["corpus"], meta["packing"]
+    lengths = packing["document_lengths"]
+    page.heading("Where the numbers come from")
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in corpus["skipped"].items()) or "nothing"
+    page.bullets(
+        [
+            f"Corpus {corpus['source']} ({corpus['corpus_hash']}): {corpus['documents']:,} documents; "
+            f"left out: {skipped}.",
+            f"Packing ({packing['cut']}): {packing['rows']:,} rows of {packing['seq_len']:,} tokens from "
+            f"{packing['packed_tokens']:,} document tokens; {packing['continued']:,} documents continued in the next "
+            f"row, {packing['dropped_tokens']:,} tokens dropped, {packing['padded_tokens']:,} slots padded, "
+            f"{packing['unread_tokens']:,} tokens not needed.",
+            f"Tokens a document: {lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,.0f}, "
+            f"mean {lengths['mean']:,.0f}.",
+            f"Held out by file: {meta['held_out']['documents']:,} of {meta['held_out']['of_documents']:,} documents "
+            f"measured, {meta['held_out']['cut_to_seq_len']:,} cut to the row.",
+        ]
+    )
+    versions = ", ".join(f"{package} {number}" for package, number in meta["versions"].items())
+    page.code(f"{versions}\ncommit {meta['git_commit'] or 'unknown (ordinary install)'}\n{meta['settings']}")
+
+
+def _full_pairs(result: "Result") -> float:
+    """Pairs of a row of S tokens under plain causal attention."""
+    seq_len = result.meta["settings"]["seq_len"]
+    return seq_len * (seq_len + 1) / 2
+
+
+def _time_base(result: "Result") -> float | None:
+    full = [record["step_s"] for record in result.records if record["arm"] == "full"]
+    return float(np.median(full)) if full else None
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def require_matplotlib() -> None:
+    """Raise before hours of training, rather than after them, when the report could not be drawn.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("the report needs matplotlib; pip install 'anchor-attn[plots]'.")
+
+
+def _figure(panels: int, width: float, height: float) -> tuple["Figure", list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(np.atleast_1d(figure.subplots(1, panels)))
+
+
+def _draw_masks(result: "Result") -> "Figure":
+    from anchor_attn.masks.draw import draw_mask_axes
+
+    patterns = list(dict.fromkeys(Arm.parse(arm).pattern for arm in result.arms))
+    figure, panels = _figure(len(patterns), 4.2 * len(patterns), 4.6)
+    ids = result.example.document_ids[0]
+    for axes, pattern in zip(panels, patterns, strict=True):
+        draw_mask_axes(axes, dense_mask(result.example, pattern)[0], ids, pattern)
+    return figure
+
+
+def _draw_losses(result: "Result") -> "Figure":
+    figure, panels = _figure(2, 11, 4)
+    for place, arm in enumerate(result.arms):
+        for record in result.of_arm(arm):
+            curve = {key: np.array([step[key] for step in record["curve"]]) for key in ("loss", "tokens", "seconds")}
+            width = min(SMOOTHING_STEPS, len(curve["loss"]))
+            smooth = np.convolve(curve["loss"], np.ones(width) / width, mode="valid")
+            label = arm if record is result.of_arm(arm)[0] else None
+            for axes, key in zip(panels, ("tokens", "seconds"), strict=True):
+                axes.plot(curve[key][width - 1 :], smooth, color=f"C{place}", label=label, alpha=0.85, linewidth=1.4)
+    for axes, key in zip(panels, ("document tokens", "seconds"), strict=True):
+        axes.axhline(result.meta["unigram_loss"], color="0.6", linestyle=":", label="token frequencies")
+        axes.set(xlabel=key, ylabel="nats per labelled token")
+        axes.legend(frameon=False)
+    return figure
+
+
+def _draw_step_times(result: "Result") -> "Figure":
+    figure, panels = _figure(2, 11, 3)
+    for axes, key, label in (
+        (panels[0], "step_s", "seconds a step (median)"),
+        (panels[1], "attended_pairs", "attended pairs a row"),
+    ):
+        values = [float(np.median([record[key] for record in result.of_arm(arm)])) for arm in result.arms]
+        bars = axes.barh(result.arms, values, color=[f"C{place}" for place in range(len(values))])
+        axes.bar_label(bars, fmt="{:,.2f}" if key == "step_s" else "{:,.0f}", padding=4)
+        axes.set(xlabel=label, xlim=(0, 1.25 * max(values)))
+        axes.invert_yaxis()
+    return figure
+
+
+def _draw_by_position(result: "Result") -> "Figure":
+    figure, (axes,) = _figure(1, 7, 4)
+    for place, arm in enumerate(result.arms):
+        by_position: dict[int, list[float]] = {}
+        for record in result.of_arm(arm):
+            for bucket in record["held_out_loss_by_position"]:
+                by_position.setdefault(bucket["first_position"], []).append(bucket["loss"])
+        means = [float(np.mean(losses)) for losses in by_position.values()]
+        axes.plot([str(first) for first in by_position], means, "o-", color=f"C{place}", label=arm)
+    axes.set(xlabel="place in the document, from", ylabel="nats per labelled token")
+    axes.legend(frameon=False)
+    return figure
