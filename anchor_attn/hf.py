@@ -88,6 +88,11 @@ def wrap(
     chosen = choose_engine(engine)
     refuse_unsupported(model)
     unwrap(model)
+    if any(c._attn_implementation == IMPLEMENTATION for m in model.modules() for c in _configs_of(m).values()):
+        raise ValueError(
+            f"model must have an attention of its own beside anchor_attn, got {_name(model)} built from a wrapped "
+            "model's config; call model.set_attn_implementation('sdpa') first."
+        )
     if engine == "auto":
         logger.info("engine='auto' chose %r for %s: exact on every device, a document at a time", chosen, _name(model))
     register()
@@ -113,8 +118,9 @@ def unwrap(model: PreTrainedModel) -> PreTrainedModel:
     Returns:
         The same model, on the config of its own that `wrap` gave it.
     """
-    for handle in model.__dict__.pop(HANDLES, ()):
-        handle.remove()
+    for module in model.modules():  # a submodel may have been wrapped by itself before
+        for handle in module.__dict__.pop(HANDLES, ()):
+            handle.remove()
     for module, settings in holders(model).items():
         for config in _configs_of(module).values():
             config._attn_implementation = settings.previous
@@ -167,9 +173,20 @@ def before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
                 f"document_ids must be given to a wrapped {_name(module)} that trains or gets labels, got none; "
                 "pass the collator's document_ids, or unwrap(model) for plain causal attention."
             )
+        if isinstance(given.get("attention_mask"), DeferredMask | dict):
+            mask = as_before(given["attention_mask"], vars(module)[SETTINGS].previous)
+            return args, {**kwargs, "attention_mask": mask}
         return None
+    if not module.config._attn_implementation.startswith(IMPLEMENTATION):  # the proof's own name begins so too
+        raise ValueError(
+            f"{_name(module)} must keep attn_implementation={IMPLEMENTATION!r} while it is wrapped, got "
+            f"{module.config._attn_implementation!r}, which ignores document_ids; wrap the model again."
+        )
     layout = as_layout(document_ids)
     _check_inputs(given, layout)
+    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if tokens is not None:  # here, not in every layer: a moved layout makes its plans anew
+        layout = layout.to(tokens.device)
     return args, {**kwargs, "document_ids": layout}
 
 
@@ -230,7 +247,12 @@ def attention_forward(
     Returns:
         [B, S, H, V], and the attention weights where the attention before `wrap` gives them.
     """
-    settings: Settings = getattr(module, SETTINGS)
+    settings: Settings | None = getattr(module, SETTINGS, None)
+    if settings is None:
+        raise ValueError(
+            f"{_name(module)} must be wrapped to run attn_implementation={IMPLEMENTATION!r}, got a model built from a "
+            "wrapped model's config; call model.set_attn_implementation('sdpa'), then wrap(model)."
+        )
     if document_ids is None:
         if module.training:
             raise ValueError(
@@ -289,9 +311,21 @@ class DeferredMask:
             self._built = masks[implementation](**self.arguments)
         return self._built
 
+    def contiguous(self) -> "DeferredMask":
+        """The mask itself; `generate` asks for it before it hands a mask to the model."""
+        return self
+
     def to(self, device: torch.device | str, **kwargs: Any) -> "DeferredMask":
         """The same mask for layers on another device."""
         return DeferredMask({**self.arguments, "device": torch.device(device)})
+
+
+def as_before(mask: Any, implementation: str) -> Any:
+    """A mask, or one a layer type, that `generate` made ahead for a static cache, as the plain model would get it."""
+    if isinstance(mask, dict):
+        return {layer_type: as_before(part, implementation) for layer_type, part in mask.items()}
+    built = mask.build(implementation) if isinstance(mask, DeferredMask) else mask
+    return built.contiguous() if isinstance(built, Tensor) else built
 
 
 def defer_mask(**arguments: Any) -> DeferredMask:

@@ -85,10 +85,16 @@ def prove(model: PreTrainedModel) -> None:
             f"{len(callers)}; the others carry state that no document mask reaches."
         )
     touched, untouched = float(moved[1:5].max()), float(moved[5:].max())
-    if untouched > LEAK_RATIO * touched:
+    if not touched > 0:  # NaN too
+        raise ValueError(
+            f"model must answer other tokens with other outputs for the proof, got {name}, whose outputs moved by "
+            f"{touched}; initialise or load its weights first."
+        )
+    if not untouched <= LEAK_RATIO * touched:
         raise ValueError(
             f"model must keep documents apart, got {name} in which changing one moved another by "
-            f"{untouched / touched:.1e} of its own movement; a layer carries state past attention."
+            f"{untouched / touched:.1e} of its own movement; a layer carries state past attention, or hands "
+            "document_ids no further."
         )
 
 
@@ -99,7 +105,14 @@ def _proof_tokens(model: PreTrainedModel) -> Tensor:
 
 def _forward(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     layout = PackedLayout.from_lengths([[4, 4]]).to(model.device)
-    return model(input_ids=input_ids, document_ids=layout, use_cache=False)[0].double()
+    states: list[Tensor] = []
+    # The states beneath the head as well: a head that begins as zeros answers everything alike.
+    handle = model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    try:
+        output = model(input_ids=input_ids, document_ids=layout, use_cache=False)
+    finally:
+        handle.remove()
+    return torch.cat([output[0], *states], dim=-1).double()
 
 
 @contextmanager
@@ -122,6 +135,7 @@ def _proving(model: PreTrainedModel) -> Iterator[set[nn.Module]]:
     try:
         yield callers
     finally:
+        AttentionInterface.register(PROOF, hf.attention_forward)  # nothing global may hold the model
         hf.set_implementation(model, hf.IMPLEMENTATION)
         for module, settings in holders.items():
             setattr(module, hf.SETTINGS, settings)

@@ -15,6 +15,18 @@ import torch
 PACKAGES = ("anchor-attn", "torch", "transformers", "datasets", "numpy")
 
 
+def check_device(device: str) -> None:
+    """Raise unless torch has `device` here.
+
+    Raises:
+        ValueError: it has not.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one that torch has here, got {device!r}; pass --device cpu.") from error
+
+
 def describe_environment(device: str) -> dict[str, Any]:
     """What a number depends on besides its inputs: versions, machine, threads and the commit of this code."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()

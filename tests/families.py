@@ -73,6 +73,10 @@ FAMILIES = {
         {
             "head_dim": 8, "sliding_window": 4, "layer_types": SLIDING_AND_FULL, "num_local_experts": 4,
             "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+                "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            },
         },
         ("sliding_window", "sinks"),
         experts="eager",
@@ -115,3 +119,63 @@ def tiny_model(name: str, dtype: torch.dtype | None = None, **options: Any) -> P
             elif parameter.ndim > 1 and "embed" not in parameter_name:
                 parameter.mul_(family.weights_times)
     return model.to(family.dtype if dtype is None else dtype).eval()
+
+
+# Decoders that `wrap` must refuse: config, its options, and what the message says.
+IGNORES = "which ignores it; use a model that supports attn_implementation"
+OLD_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+REFUSED = {
+    "gptj": ("GPTJConfig", {**OLD_SIZES, "rotary_dim": 4}, IGNORES),
+    "codegen": ("CodeGenConfig", {**OLD_SIZES, "rotary_dim": 4}, IGNORES),
+    "falcon": ("FalconConfig", {}, IGNORES),
+    "mpt": ("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 2}, IGNORES),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}, IGNORES),
+    "jamba": (
+        "JambaConfig",
+        {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
+        "with linear_attention, which no document mask reaches",
+    ),
+    "bamba": (
+        "BambaConfig",
+        {
+            "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_state": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
+        },
+        "with linear_attention, which no document mask reaches",
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            "num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
+            "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+        },
+        "with linear_attention, which no document mask reaches",
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        {"mamba_n_heads": 4, "mamba_d_ssm": 32, "mamba_d_state": 4, "mamba_d_head": 8, "mamba_n_groups": 1},
+        "with hybrid, which no document mask reaches",
+    ),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, "with conv, which no document mask reaches"),
+    "llama4_text": (
+        "Llama4TextConfig",
+        {"head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 4, "intermediate_size_mlp": 32},
+        "with chunked_attention, which no document mask reaches",
+    ),
+    # Its layers keep the model's keywords to themselves: every document id would be lost on the way.
+    "nemotron": ("NemotronConfig", {}, "must keep documents apart"),
+    # Windows that only its mask knows.
+    "phimoe": (
+        "PhimoeConfig",
+        {"num_local_experts": 2, "num_experts_per_tok": 2, "sliding_window": 4},
+        "must hand its attention window to the attention function, got sliding_window=None beside a mask of local size",
+    ),
+    "bert": ("BertConfig", {"is_decoder": False}, "must attend causally, got BertLMHeadModel with BertSelfAttention"),
+}  # fmt: skip
+
+
+def refused_model(name: str) -> PreTrainedModel:
+    """A tiny model of a family that `wrap` refuses."""
+    config, options, _ = REFUSED[name]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**SIZES, **options})).eval()

@@ -558,7 +558,5 @@ def test_the_anchor_pattern_without_an_anchor_raises(engine):
 
 
 def test_ids_in_place_of_a_layout_raise():
-    with pytest.raises(
-        TypeError, match=r"^layout must be a PackedLayout, got Tensor; make one with"
-    ):
+    with pytest.raises(TypeError, match=r"^layout must be a PackedLayout, got Tensor; make one with"):
         anchor_attention(*states_of(), LAYOUT.document_ids)

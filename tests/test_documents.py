@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, Image, IterableDataset, Value
 
 from anchor_attn.train import read_documents
 from anchor_attn.train.documents import text_fault, tokens_fault
@@ -220,8 +220,10 @@ def test_a_hub_dataset_is_streamed_with_only_the_columns_that_are_needed(monkeyp
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
+        broken = {"bytes": b"no picture", "path": None}
         return IterableDataset.from_generator(
-            lambda: iter([{"body": "a", "image": 1}, {"body": "", "image": 2}, {"body": "c", "image": 3}])
+            lambda: iter({"body": body, "image": broken} for body in ["a", "", "c"]),
+            features=Features({"body": Value("string"), "image": Image()}),
         )
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
@@ -324,6 +326,11 @@ def test_limit_stops_reading_at_so_many_documents(tmp_path):
     assert (texts(documents), len(documents.skipped)) == (["a", "b"], 1)
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         read_documents(path, limit=0)
+
+
+def test_token_ids_that_give_way_to_text_do_not_count_towards_the_limit(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"text": "a"}, {"input_ids": [1]}, {"input_ids": [2]}, {"text": "b"})
+    assert texts(read_documents(path, limit=2)) == ["a", "b"]
 
 
 def test_the_corpus_hash_follows_names_contents_and_order(tmp_path):

@@ -3,7 +3,7 @@
 from anchor_attn.train.collator import PackedCollator as PackedCollator
 from anchor_attn.train.documents import Documents as Documents
 from anchor_attn.train.documents import read_documents as read_documents
-from anchor_attn.train.packing import ByteTokenizer as ByteTokenizer
 from anchor_attn.train.packing import PackedRows as PackedRows
-from anchor_attn.train.packing import load_tokenizer as load_tokenizer
 from anchor_attn.train.packing import pack_documents as pack_documents
+from anchor_attn.train.tokenizers import ByteTokenizer as ByteTokenizer
+from anchor_attn.train.tokenizers import load_tokenizer as load_tokenizer

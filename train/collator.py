@@ -129,7 +129,7 @@ class PackedCollator:
         """The same rows with a BOS in front of the first token of every document."""
         ids = layout.document_ids
         real = ids != PADDING_ID
-        first = (layout.document_ranks() == 0) & real & (ids != ANCHOR_ID)
+        first = (layout.document_ranks() == 0) & real  # anchors have ranks below 0
         slots = torch.arange(layout.seq_len) + first.cumsum(dim=1)  # where each token moves to; its BOS goes before it
         width = max(int(slots[real].max()) + 1, layout.seq_len)
         tokens_row, bos_row = real.nonzero()[:, 0], first.nonzero()[:, 0]

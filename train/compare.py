@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from anchor_attn.attention import choose_engine
 from anchor_attn.masks.layout import PackedLayout
-from anchor_attn.results import describe_environment, write_json, write_jsonl
+from anchor_attn.results import check_device, describe_environment, write_json, write_jsonl
 from anchor_attn.train.documents import Documents, read_documents
-from anchor_attn.train.packing import Cut, PackedRows, Tokenizer, load_tokenizer, pack_documents
+from anchor_attn.train.packing import Cut, PackedRows, pack_documents
 from anchor_attn.train.presets import SIZES
 from anchor_attn.train.run import Arm, RunSpec, run_arm
+from anchor_attn.train.tokenizers import Tokenizer, load_tokenizer
 
 SEEDS_FOR_AN_INTERVAL = 3
 HELD_OUT_SHARE = 0.1
+NAMED = 3  # documents left out for one reason, by name on the terminal
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,9 @@ def compare(settings: Comparison, say: Callable[[str], None] = lambda _: None) -
     _check(settings, arms)
     documents = read_documents(settings.data, text_column=settings.text_column)
     say(f"{documents.source}: {len(documents):,} documents, {len(documents.skipped):,} left out")
+    for reason, count in documents.skipped_by_reason.items():
+        names = [skipped.name for skipped in documents.skipped if skipped.reason == reason]
+        say(f"  {count:,} {reason}: {', '.join(names[:NAMED])}{', …' if count > NAMED else ''}")
     train, held_out = documents.split_by_file(HELD_OUT_SHARE)
     tokenizer = load_tokenizer(settings.tokenizer or _tokenizer_of(settings.model))
     packed, alone = _hold_out(held_out, settings, tokenizer)
@@ -215,12 +219,7 @@ def _check(settings: Comparison, arms: Sequence[Arm]) -> None:
     if settings.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, got {settings.dtype!r}; pass one of them.")
     choose_engine(settings.engine)
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device must be one that torch has here, got {settings.device!r}; pass --device cpu."
-        ) from error
+    check_device(settings.device)
 
 
 def _tokenizer_of(model: str) -> str:

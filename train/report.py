@@ -16,17 +16,7 @@ if TYPE_CHECKING:
 
     from anchor_attn.train.compare import Result
 
-HEADER = (
-    "arm",
-    "pairs / full",
-    "step s",
-    "step / full",
-    "tokens/s",
-    "train loss",
-    "held-out loss",
-    "packed",
-    "peak MB",
-)
+HEADER = ("arm", "pairs", "step s", "of full", "tokens/s", "loss", "held-out", "packed", "peak MB")
 SMOOTHING_STEPS = 10
 
 

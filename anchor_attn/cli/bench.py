@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -36,10 +37,11 @@ def bench_command(
     """Time our engines against named rivals on the same row, after a parity check in the same run."""
     from anchor_attn import bench
     from anchor_attn.masks import PackedLayout
-    from anchor_attn.results import describe_environment, write_csv
+    from anchor_attn.results import check_device, describe_environment, write_csv
 
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}; pass 5.")
+    check_device(device)
     seq_len = seq_len or {Subject.attention: 16_384, Subject.step: 8_192}[subject]
     lengths = bench.draw_lengths(seq_len - 1, shortest, longest, seed)
     layout = PackedLayout.from_lengths([lengths])
@@ -63,7 +65,7 @@ def bench_command(
     if as_json:
         typer.echo(json.dumps({"meta": meta, "records": records}, indent=1))
         return
-    table = Table("rival", "seconds", "min–max", "speed-up", "of the pair-count ideal")
+    table = Table("rival", "seconds", "min–max", "speed-up", "of pair-count ideal", box=box.SIMPLE_HEAD)
     for timing in timings:
         table.add_row(
             timing.name,

@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
+
+TERMINAL_COLUMNS = 7  # the rest of the report's columns would not fit 80 characters
 
 
 def compare_command(
@@ -68,11 +71,11 @@ def compare_command(
         typer.echo((out / "results.json").read_text(encoding="utf-8"), nl=False)
         return
     console = Console()
-    table = Table(*HEADER, title="Losses in nats per labelled token; times are medians")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(box=box.SIMPLE_HEAD, caption="losses in nats per labelled token, times are medians")
+    for place, name in enumerate(HEADER[:TERMINAL_COLUMNS]):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
     for row in table_rows(result):
-        table.add_row(*row)
+        table.add_row(*row[:TERMINAL_COLUMNS])
     console.print(table)
     for sentence in findings(result):
         console.print(sentence, highlight=False)

@@ -11,6 +11,8 @@ from anchor_attn.cli.compare import compare_command
 # Newer releases of typer carry a click of their own, older ones import it: the class is found, not imported.
 UsageError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="anchor-attn",
     help="AnchorAttention for packed long-context training.",
@@ -32,15 +34,18 @@ def show_help(context: typer.Context) -> None:
 def main() -> None:
     """Run a command: exit code 0, 1 when a check failed, 2 for bad input with one line on stderr."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
     except UsageError as error:
         _fail(error.format_message(), 2)  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
+        code = INTERRUPTED
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         if os.environ.get("ANCHOR_ATTN_TRACEBACK"):
             raise
         _fail(str(error), 1 if isinstance(error, RuntimeError) else 2)
+    if code == INTERRUPTED:  # typer turns the exception into this code
+        _fail("interrupted", INTERRUPTED)
+    sys.exit(code)
 
 
 def _fail(message: str, code: int) -> None:

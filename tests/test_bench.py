@@ -1,0 +1,72 @@
+"""Benchmarks time nothing before parity holds, and their ratios are what they say."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anchor_attn import bench
+from anchor_attn.masks import PackedLayout, attended_pairs
+
+
+@given(st.integers(2_000, 40_000), st.integers(0, 5))
+def test_drawn_lengths_add_up_and_keep_their_bounds(tokens, seed):
+    lengths = bench.draw_lengths(tokens, 300, 1400, seed)
+    assert sum(lengths) == tokens
+    assert all(300 <= length <= 1400 for length in lengths)
+    assert lengths == bench.draw_lengths(tokens, 300, 1400, seed)
+
+
+def test_lengths_that_cannot_add_up_are_refused():
+    with pytest.raises(ValueError, match="seq_len must hold documents of 300 to 1400 tokens, got room for 299"):
+        bench.draw_lengths(299, 300, 1400, 0)
+
+
+def test_parity_is_checked_before_anything_is_timed(monkeypatch):
+    assert bench.check_parity(2, 16, "cpu", 0) < 1e-5
+    right = bench.anchor_attention
+
+    def wrong(query, key, value, layout, pattern, engine):
+        out = right(query, key, value, layout, pattern, engine)
+        return out * 1.001 if engine == "varlen" else out
+
+    monkeypatch.setattr(bench, "anchor_attention", wrong)
+    with pytest.raises(RuntimeError, match="varlen must agree with the reference before it is timed, got an error"):
+        bench.bench_attention(PackedLayout.from_lengths([[300, 400]]), 2, 16, 1, "cpu", 0)
+
+
+def test_rivals_alternate_and_ratios_are_to_full(monkeypatch):
+    now, order = [0.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def takes(name, *seconds):
+        rounds = iter(seconds)
+
+        def run():
+            order.append(name)
+            now[0] += next(rounds)
+
+        return run
+
+    layout = PackedLayout.from_lengths([[10, 10]])
+    rivals = [
+        bench.Rival("full", "torch", "sdpa", "full", takes("full", 99, 4, 8, 4)),
+        bench.Rival("ours", "varlen", "sdpa", "anchor", takes("ours", 99, 1, 2, 3)),
+    ]
+    full, ours = bench.time_rivals(rivals, layout, 3)
+    assert order == ["full", "ours"] * 4
+    assert (full.seconds, ours.seconds, ours.fastest, ours.slowest) == (4, 2, 1, 3)
+    assert ours.speedup == 2
+    pairs = [attended_pairs(layout, pattern)[0] for pattern in ("anchor", "full")]
+    assert ours.share_of_ideal == pytest.approx(2 * pairs[0] / pairs[1])
+
+
+def test_a_step_is_timed_for_every_pattern_and_for_transformers_own_packing():
+    layout = PackedLayout.from_lengths([[40, 30, 20]])
+    timings = bench.bench_step(layout, bench.STEP_MODEL, 1, "cpu", 0)
+    assert [timing.name for timing in timings] == [
+        "wrapped full",
+        "wrapped intra_doc",
+        "wrapped anchor",
+        "transformers packed SDPA",
+    ]
+    assert all(timing.seconds > 0 for timing in timings)

@@ -1,0 +1,70 @@
+"""The house: imports run one way, the package stays light, and an install leaves one name behind."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "masks": {"anchor_attn.masks"},
+    "anchor_attn": {"anchor_attn"},
+    "train": {"anchor_attn"},
+}
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_imports_run_one_way(room):
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        ours = [name for name in imported_modules(path) if name.split(".")[0] == "anchor_attn"]
+        if room == "masks":
+            assert all(name.startswith("anchor_attn.masks") for name in ours), path
+        if room == "anchor_attn" and "cli" not in path.parts:
+            assert not any(name.startswith(("anchor_attn.train", "anchor_attn.cli")) for name in ours), path
+        if room == "train":
+            assert not any(name.startswith("anchor_attn.cli") for name in ours), path
+
+
+def test_masks_import_torch_and_the_standard_library_only():
+    for path in (ROOT / "masks").rglob("*.py"):
+        tops = {name.split(".")[0] for name in imported_modules(path)}
+        assert tops <= {"torch", "anchor_attn", "matplotlib", *sys.stdlib_module_names}, path
+
+
+@pytest.mark.parametrize("module", ["anchor_attn", "anchor_attn.masks", "anchor_attn.train", "anchor_attn.cli"])
+def test_importing_stays_light(module):
+    heavy = "[m for m in ('transformers', 'datasets', 'matplotlib', 'scipy', 'accelerate') if m in sys.modules]"
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import sys, {module}; print({heavy})"], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_an_install_leaves_one_package_and_the_marker_of_its_types(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+        check=True,
+    )
+    import zipfile
+
+    (wheel,) = tmp_path.glob("anchor_attn-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"anchor_attn"}
+    assert "anchor_attn/py.typed" in names
+    for source in ("masks/layout.py", "train/packing.py", "cli/main.py", "engines/varlen.py"):
+        assert f"anchor_attn/{source}" in names

@@ -1,0 +1,669 @@
+"""`wrap` and `unwrap`: what they change and leave, what they refuse, and what a wrapped model says to bad input."""
+
+import copy
+import gc
+import logging
+import re
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from families import REFUSED, SIZES, VOCAB_SIZE, refused_model, tiny_config, tiny_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+
+from anchor_attn import PackedLayout, hf, proof, unwrap, wrap
+from anchor_attn.attention import anchor_attention
+from anchor_attn.engines import reference, varlen
+
+LAYOUT = PackedLayout.from_lengths([[7, 5, 1], [4, 6]], seq_len=15)
+TOKENS = torch.randint(3, VOCAB_SIZE, LAYOUT.document_ids.shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Bit for bit needs one order of summation, and small tensors gain nothing from a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def plain():
+    """A llama of two layers, float32, eval mode."""
+    return tiny_model("llama", torch.float32)
+
+
+@pytest.fixture
+def wrapped(plain):
+    """The same, wrapped with the anchor pattern."""
+    return wrap(plain)
+
+
+def logits_of(model, **inputs):
+    with torch.no_grad():
+        return model(input_ids=TOKENS, **inputs).logits
+
+
+def state_of(model):
+    """All that `wrap` touches: implementations, module attributes, hooks, training flags and weights' names."""
+    return {
+        "implementations": [
+            config._attn_implementation for m in model.modules() for config in hf._configs_of(m).values()
+        ],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "hooks": [
+            len(module._forward_pre_hooks) + len(module._forward_hooks) + len(module._forward_pre_hooks_with_kwargs)
+            for module in model.modules()
+        ],
+        "training": [module.training for module in model.modules()],
+        "weights": list(model.state_dict()),
+    }
+
+
+# --- wrapping and unwrapping -----------------------------------------------------------------------------------------
+
+
+def test_models_of_one_config_keep_their_own_patterns_and_the_third_stays_plain():
+    config = tiny_config("llama")
+    torch.manual_seed(0)
+    first = AutoModelForCausalLM.from_config(config).eval()
+    second, third = (type(first)(config).eval() for _ in range(2))
+    for other in (second, third):
+        other.load_state_dict(first.state_dict())
+    # From one config object, as transformers hands it on.
+    for model in (first, second, third):
+        for module in model.modules():
+            for name in hf._configs_of(module):
+                setattr(module, name, config)
+    before = logits_of(third)
+    wrap(first, "anchor")
+    wrap(second, "intra_doc", "reference")
+
+    assert torch.equal(logits_of(third), before)
+    assert config._attn_implementation == third.config._attn_implementation == "sdpa"
+    assert not hf.is_wrapped(third)
+    assert {settings.pattern for settings in hf.holders(first).values()} == {"anchor"}
+    assert {settings.pattern for settings in hf.holders(second).values()} == {"intra_doc"}
+    assert {settings.engine for settings in hf.holders(second).values()} == {"reference"}
+    anchor, intra_doc = (logits_of(model, document_ids=LAYOUT) for model in (first, second))
+    second_documents = LAYOUT.document_ids == 2
+    assert (anchor - intra_doc)[second_documents].abs().min() > 0
+    assert torch.equal(anchor, logits_of(first, document_ids=LAYOUT))
+
+
+def test_one_config_serves_all_submodules_of_a_wrapped_model(wrapped):
+    configs = {id(config) for module in wrapped.modules() for config in hf._configs_of(module).values()}
+
+    assert configs == {id(wrapped.config)}
+
+
+def test_unwrap_restores_the_model(plain):
+    before, outputs = state_of(plain), logits_of(plain)
+    unwrap(wrap(plain))
+
+    assert state_of(plain) == before
+    assert torch.equal(logits_of(plain), outputs)
+    assert not hf.is_wrapped(plain)
+
+
+def test_unwrap_leaves_other_models_alone(plain):
+    before = state_of(plain)
+
+    assert unwrap(plain) is plain
+    assert state_of(plain) == before
+
+
+def test_wrap_and_unwrap_return_the_model(plain):
+    assert wrap(plain) is plain
+    assert hf.is_wrapped(plain)
+    assert unwrap(plain) is plain
+
+
+def test_wrapping_again_changes_the_settings_and_nothing_else(plain):
+    before = state_of(plain)
+    once = state_of(wrap(plain, "anchor"))
+    intra_doc = logits_of(wrap(copy.deepcopy(plain), "intra_doc"), document_ids=LAYOUT)
+    wrap(plain, "intra_doc")
+
+    assert state_of(plain) == once
+    assert torch.equal(logits_of(plain, document_ids=LAYOUT), intra_doc)
+    assert {settings.previous for settings in hf.holders(plain).values()} == {"sdpa"}
+    assert state_of(unwrap(plain)) == before
+
+
+def test_a_model_whose_inside_was_wrapped_first_unwraps_whole(plain):
+    before = state_of(plain)
+    wrap(plain.model)
+    wrap(plain)
+
+    assert state_of(unwrap(plain)) == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_wrapping_leaves_training_flags_weights_and_random_state(plain, training):
+    plain.train(training)
+    plain.model.layers[0].train(not training)
+    flags, weights = state_of(plain)["training"], {name: p.clone() for name, p in plain.named_parameters()}
+    random_state = torch.get_rng_state()
+    wrap(plain)
+
+    assert state_of(plain)["training"] == flags
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in plain.named_parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_wrap_that_fails_leaves_the_model_as_it_was():
+    model = refused_model("nemotron").train()
+    model.model.layers[0].eval()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="must keep documents apart"):
+        wrap(model)
+
+    assert state_of(model) == before
+
+
+def test_wrapping_keeps_no_model_alive(plain):
+    layer = weakref.ref(wrap(plain).model.layers[0])
+    del plain
+    # The fixture's own reference is dropped with the frame; a second model shows what the registries hold.
+    model = wrap(tiny_model("llama", torch.float32))
+    inside = weakref.ref(model.model.layers[0].self_attn)
+    del model
+    gc.collect()
+
+    assert inside() is None
+    assert layer is not None
+
+
+def test_a_deep_copy_is_wrapped_and_unwraps_by_itself(wrapped):
+    twin = copy.deepcopy(wrapped)
+    packed = logits_of(wrapped, document_ids=LAYOUT)
+
+    assert torch.equal(logits_of(twin, document_ids=LAYOUT), packed)
+    unwrap(twin)
+    assert not hf.is_wrapped(twin)
+    assert twin.config._attn_implementation == "sdpa"
+    assert torch.equal(logits_of(wrapped, document_ids=LAYOUT), packed)
+    assert hf.is_wrapped(wrapped)
+    with pytest.raises(ValueError, match="must be given to a wrapped"):
+        wrapped(input_ids=TOKENS, labels=TOKENS)
+    assert state_of(unwrap(wrapped)) == state_of(twin)
+
+
+def test_a_saved_wrapped_model_loads_as_a_plain_one(wrapped, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+
+    assert "anchor_attn" not in (tmp_path / "config.json").read_text()
+    assert not hf.is_wrapped(loaded)
+    assert loaded.config._attn_implementation == "sdpa"
+    assert torch.equal(logits_of(loaded), logits_of(wrapped))
+    assert torch.equal(logits_of(wrap(loaded), document_ids=LAYOUT), logits_of(wrapped, document_ids=LAYOUT))
+
+
+def test_auto_says_once_what_it_chose(plain, caplog):
+    with caplog.at_level(logging.INFO, "anchor_attn"):
+        wrap(plain, engine="auto")
+        logits_of(plain, document_ids=LAYOUT)
+    said = [record.getMessage() for record in caplog.records if record.name == "anchor_attn"]
+    assert said == ["engine='auto' chose 'varlen' for LlamaForCausalLM: exact on every device, a document at a time"]
+
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "anchor_attn"):
+        wrap(plain, engine="varlen")
+    assert not [record for record in caplog.records if record.name == "anchor_attn"]
+
+
+@pytest.mark.parametrize(
+    ("named", "module", "other"), [("reference", reference, varlen), ("varlen", varlen, reference)]
+)
+def test_every_layer_runs_the_named_engine(plain, monkeypatch, named, module, other):
+    counted = mock.Mock(wraps=module.attend)
+    monkeypatch.setattr(module, "attend", counted)
+    monkeypatch.setattr(other, "attend", mock.Mock(side_effect=AssertionError("another engine ran")))
+    wrap(plain, engine=named)
+    counted.reset_mock()
+    logits_of(plain, document_ids=LAYOUT)
+
+    assert counted.call_count == plain.config.num_hidden_layers
+
+
+# --- document_ids ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_document_ids_may_be_a_tensor(wrapped, dtype):
+    expected = logits_of(wrapped, document_ids=LAYOUT)
+
+    assert torch.equal(logits_of(wrapped, document_ids=LAYOUT.document_ids.to(dtype)), expected)
+
+
+def test_a_tensor_is_checked_once_a_forward_and_a_layout_never(monkeypatch):
+    model = wrap(tiny_model("llama", num_hidden_layers=3))
+    checked = mock.Mock(wraps=PackedLayout.from_document_ids)
+    monkeypatch.setattr(PackedLayout, "from_document_ids", checked)
+    logits_of(model, document_ids=LAYOUT)
+    assert checked.call_count == 0
+
+    logits_of(model, document_ids=LAYOUT.document_ids)
+    assert checked.call_count == 1
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_all_layers_share_one_plan(monkeypatch, as_tensor):
+    model = wrap(tiny_model("llama", num_hidden_layers=3))
+    built = mock.Mock(wraps=varlen.create_varlen_plan)
+    monkeypatch.setattr(varlen, "create_varlen_plan", built)
+    layout = PackedLayout.from_document_ids(LAYOUT.document_ids)
+    logits_of(model, document_ids=layout.document_ids if as_tensor else layout)
+
+    assert built.call_count == 1
+
+
+def test_a_layout_on_the_host_moves_to_the_tokens_once_a_forward(wrapped):
+    tokens = torch.zeros(LAYOUT.document_ids.shape, dtype=torch.long, device="meta")
+    for name in ("input_ids", "inputs_embeds"):
+        _, kwargs = hf.before_forward(wrapped, (), {name: tokens, "document_ids": LAYOUT})
+        assert kwargs["document_ids"].device.type == "meta"
+        assert kwargs["document_ids"] == LAYOUT
+
+
+def test_tokens_may_be_positional_or_embedded(wrapped):
+    expected = logits_of(wrapped, document_ids=LAYOUT)
+    with torch.no_grad():
+        positional = wrapped(TOKENS, document_ids=LAYOUT).logits
+        embedded = wrapped(inputs_embeds=wrapped.get_input_embeddings()(TOKENS), document_ids=LAYOUT).logits
+
+    assert torch.equal(positional, expected)
+    assert torch.equal(embedded, expected)
+
+
+def test_a_2d_attention_mask_that_agrees_is_accepted(wrapped):
+    mask = (LAYOUT.document_ids != -1).long()
+    expected = logits_of(wrapped, document_ids=LAYOUT)
+
+    assert torch.equal(logits_of(wrapped, document_ids=LAYOUT, attention_mask=mask), expected)
+    assert torch.equal(logits_of(wrapped, document_ids=LAYOUT, attention_mask=mask.bool()), expected)
+
+
+def test_an_empty_cache_is_accepted(wrapped):
+    cache = DynamicCache(config=wrapped.config)
+    expected = logits_of(wrapped, document_ids=LAYOUT)
+
+    assert torch.equal(logits_of(wrapped, document_ids=LAYOUT, past_key_values=cache), expected)
+
+
+def test_labels_give_the_loss_of_the_logits(wrapped):
+    labels = TOKENS.masked_fill(LAYOUT.document_ids < 1, -100)
+    out = wrapped(input_ids=TOKENS, labels=labels, document_ids=LAYOUT)
+    expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 2, 3, 0, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 1, 2, 3, 4]])
+def test_position_ids_never_change_the_mask_of_a_wrapped_model(positions):
+    """transformers reads packing out of position ids, and gets `[0 1 2 3 0 5 6 7]` wrong; here they only rotate.
+
+    With all rotary frequencies at zero nothing but the mask is left for position ids to change.
+    """
+    plain = tiny_model("llama", torch.float32)
+    plain.model.rotary_emb.inv_freq.zero_()
+    tokens = TOKENS[:1, :8]
+    layout = PackedLayout.from_lengths([[3, 4]])
+    position_ids = torch.tensor([positions])
+    inputs = {"input_ids": tokens, "use_cache": False}
+    causal = plain(**inputs).logits
+    misread = plain(**inputs, position_ids=position_ids).logits
+    model = wrap(copy.deepcopy(plain))
+    packed = model(**inputs, document_ids=layout).logits
+
+    assert torch.equal(model(**inputs, position_ids=position_ids, document_ids=layout).logits, packed)
+    assert not torch.allclose(packed, causal, atol=1e-3)
+    assert torch.allclose(misread, causal, atol=1e-3) == (positions == list(range(8))), "the trap is not there any more"
+
+
+# --- what a wrapped model refuses ------------------------------------------------------------------------------------
+
+
+def test_labels_or_training_without_document_ids_raise(wrapped):
+    message = (
+        r"^document_ids must be given to a wrapped LlamaForCausalLM that trains or gets labels, got none; "
+        r"pass the collator's document_ids, or unwrap\(model\) for plain causal attention\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        wrapped(input_ids=TOKENS, labels=TOKENS)
+    with pytest.raises(ValueError, match=message):
+        wrapped(TOKENS, None, None, None, None, TOKENS)
+    with pytest.raises(ValueError, match=message):
+        wrapped.train()(input_ids=TOKENS)
+
+
+def test_a_layer_that_loses_document_ids_in_training_raises(wrapped):
+    layer = wrapped.model.layers[0].self_attn.train()
+    states = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(
+        ValueError, match=r"^document_ids must reach every attention layer of a training model, got none"
+    ):
+        hf.attention_forward(layer, states, states[:, :2], states[:, :2], None)
+
+
+BAD_INPUTS = [
+    (
+        "ids of another batch", {"document_ids": PackedLayout.from_lengths([[14]])}, ValueError,
+        "document_ids must have the shape of input_ids [2, 15], got [1, 15]; pass the ids of this batch.",
+    ),
+    (
+        "ids without a batch", {"document_ids": LAYOUT.document_ids[0]}, ValueError,
+        "document_ids must have shape [B, S], got [15]; add the batch dimension with document_ids[None].",
+    ),
+    (
+        "ids that are no integers", {"document_ids": LAYOUT.document_ids.float()}, TypeError,
+        "document_ids must hold integers, got torch.float32; cast with document_ids.int().",
+    ),
+    (
+        "a mask that disagrees", {"document_ids": LAYOUT, "attention_mask": torch.ones(2, 15)}, ValueError,
+        "attention_mask must be 0 exactly where document_ids is -1 (padding), got one that disagrees; "
+        "leave attention_mask out.",
+    ),
+    (
+        "a dense mask", {"document_ids": LAYOUT, "attention_mask": torch.ones(2, 1, 15, 15)}, ValueError,
+        "attention_mask must have shape [2, 15] beside document_ids, got [2, 1, 15, 15]; leave attention_mask out.",
+    ),
+    (
+        "masks by layer type", {"document_ids": LAYOUT, "attention_mask": {"full_attention": None}}, ValueError,
+        "attention_mask must have shape [2, 15] beside document_ids, got dict; leave attention_mask out.",
+    ),
+    (
+        "no anchor for the anchor pattern", {"document_ids": PackedLayout.from_lengths([[15], [15]], 0)}, ValueError,
+        "pattern='anchor' must have an anchor to show, got a layout with anchor_tokens=0; "
+        "pass pattern='intra_doc', or pack with anchor_tokens=1.",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inputs", "error", "message"), [pytest.param(*case, id=name) for name, *case in BAD_INPUTS])
+def test_bad_inputs_raise_one_clear_line(wrapped, inputs, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        wrapped(input_ids=TOKENS, **inputs)
+
+
+def test_embeddings_of_another_batch_raise(wrapped):
+    with pytest.raises(
+        ValueError, match=r"^document_ids must have the shape of inputs_embeds \[2, 14\], got \[2, 15\];"
+    ):
+        wrapped(inputs_embeds=torch.zeros(2, 14, 32), document_ids=LAYOUT)
+
+
+def test_a_filled_cache_beside_document_ids_raises(wrapped):
+    cache = wrapped(input_ids=TOKENS, use_cache=True).past_key_values
+    with pytest.raises(
+        ValueError, match=r"^document_ids must come with an empty cache, got one of 15 tokens; leave doc"
+    ):
+        wrapped(input_ids=TOKENS, document_ids=LAYOUT, past_key_values=cache)
+
+
+def test_attention_dropout_raises_in_training_and_not_in_evaluation():
+    model = wrap(tiny_model("llama", torch.float32, attention_dropout=0.1))
+    logits_of(model, document_ids=LAYOUT)
+    with pytest.raises(
+        ValueError, match=r"^attention dropout must be 0 under anchor_attn, got 0\.1; set config\.attention"
+    ):
+        model.train()(input_ids=TOKENS, document_ids=LAYOUT)
+
+
+def test_another_implementation_set_on_a_wrapped_model_raises_and_wrapping_again_helps(wrapped):
+    expected = logits_of(wrapped, document_ids=LAYOUT)
+    wrapped.set_attn_implementation("sdpa")
+    with pytest.raises(
+        ValueError, match=r"^LlamaForCausalLM must keep attn_implementation='anchor_attn' while it is wr"
+    ):
+        wrapped(input_ids=TOKENS, document_ids=LAYOUT)
+
+    assert torch.equal(logits_of(wrap(wrapped), document_ids=LAYOUT), expected)
+
+
+def test_a_model_built_from_a_wrapped_models_config_says_what_to_do(wrapped):
+    other = AutoModelForCausalLM.from_config(wrapped.config)
+    with pytest.raises(
+        ValueError, match=r"^LlamaAttention must be wrapped to run attn_implementation='anchor_attn', got"
+    ):
+        other(input_ids=TOKENS, document_ids=LAYOUT)
+    with pytest.raises(
+        ValueError, match=r"^model must have an attention of its own beside anchor_attn, got LlamaForCausal"
+    ):
+        wrap(other)
+    other.set_attn_implementation("sdpa")
+    logits_of(wrap(other), document_ids=LAYOUT)
+
+
+def test_a_window_that_only_the_mask_knows_raises(wrapped):
+    layer = wrapped.model.layers[0].self_attn
+    states = torch.zeros(1, 4, 3, 8)
+    layout = PackedLayout.from_lengths([[2]])
+    with pytest.raises(
+        ValueError, match=r"^LlamaAttention must hand its attention window to the attention function, got s"
+    ):
+        hf.attention_forward(layer, states, states, states, hf.DeferredMask({"local_size": 2}), document_ids=layout)
+
+
+# --- what wrap refuses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_cannot_keep_documents_apart_are_refused(name):
+    model = refused_model(name)
+    before, training = state_of(model), model.training
+    with pytest.raises(ValueError, match=re.escape(REFUSED[name][2])) as raised:
+        wrap(model)
+
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith("model must ")
+    assert state_of(model) == before
+    assert model.training == training
+
+
+def test_encoders_and_models_with_other_inputs_are_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    t5 = transformers.T5Config(vocab_size=VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(
+        ValueError, match=r"^model must be a decoder, got T5ForConditionalGeneration with an encoder; wrap"
+    ):
+        wrap(transformers.T5ForConditionalGeneration(t5))
+    images = transformers.Gemma3Config(
+        text_config={**SIZES, "head_dim": 8}, vision_config={**sizes, "image_size": 16, "patch_size": 8}
+    )
+    with pytest.raises(
+        ValueError, match=r"^model must be a text decoder, got Gemma3ForConditionalGeneration with other inp"
+    ):
+        wrap(transformers.Gemma3ForConditionalGeneration(images))
+    bidirectional = tiny_model("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(
+        ValueError, match=r"^model must attend causally, got Gemma3ForCausalLM set to bidirectional; change"
+    ):
+        wrap(bidirectional)
+
+
+def test_what_is_no_transformers_model_is_refused():
+    with pytest.raises(
+        TypeError, match=r"^model must be a transformers PreTrainedModel, got Linear; wrap the decoder its"
+    ):
+        wrap(nn.Linear(2, 2))
+
+
+def test_a_model_without_its_weights_is_refused():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    with pytest.raises(
+        ValueError, match=r"^model must have its weights for the proof, got LlamaForCausalLM on meta; wrap"
+    ):
+        wrap(model)
+
+
+def test_a_head_that_answers_per_row_is_refused():
+    model = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
+    with pytest.raises(
+        ValueError, match=r"^model must run a forward pass under anchor_attn, got LlamaForSequenceClassific"
+    ):
+        wrap(model)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.03])
+def test_a_leak_that_no_name_reveals_is_caught_by_the_proof(plain, strength):
+    """A causal token shift in one layer, as RWKV or a short convolution has it: its config says plain llama."""
+
+    def add_previous_token(module, args, output):
+        return output + strength * F.pad(output, (0, 0, 1, 0))[:, :-1]
+
+    plain.model.layers[1].mlp.register_forward_hook(add_previous_token)
+    before = state_of(plain)
+    with pytest.raises(
+        ValueError, match=r"^model must keep documents apart, got LlamaForCausalLM in which changing one mo"
+    ):
+        wrap(plain)
+    assert state_of(plain) == before
+
+
+def test_a_layer_without_attention_is_caught_by_the_proof(plain):
+    class Mixer(nn.Module):
+        def forward(self, hidden_states, **kwargs):
+            return torch.zeros_like(hidden_states), None
+
+    plain.model.layers[1].self_attn = Mixer()
+    with pytest.raises(
+        ValueError, match=r"^model must have softmax attention in all of its 2 layers, got LlamaForCausalLM"
+    ):
+        wrap(plain)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_a_proof_that_shows_nothing_is_no_proof(plain, value):
+    plain.get_input_embeddings().weight.data.fill_(value)
+    with pytest.raises(
+        ValueError, match=r"^model must answer other tokens with other outputs for the proof, got LlamaForC"
+    ):
+        wrap(plain)
+
+
+def test_a_head_that_begins_as_zeros_is_no_obstacle(plain):
+    plain.lm_head.weight.data.zero_()
+
+    assert hf.is_wrapped(wrap(plain))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pattern": "document"}, "pattern must be one of ('full', 'intra_doc', 'anchor'), got 'document'; pass one"),
+        ({"engine": "flex"}, "engine must be one of ('auto', 'reference', 'varlen'), got 'flex'; pass one of them."),
+        ({"rope_precision": "float8"}, "rope_precision must be one of"),
+    ],
+)
+def test_unknown_settings_are_refused_and_leave_a_wrapped_model_wrapped(wrapped, arguments, message):
+    before = state_of(wrapped)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        wrap(wrapped, **arguments)
+
+    assert state_of(wrapped) == before
+
+
+def test_the_proof_runs_without_a_gradient_and_in_eval_mode(plain, monkeypatch):
+    seen = []
+
+    def noting(model, input_ids):
+        seen.append((model.training, torch.is_grad_enabled()))
+        return forward(model, input_ids)
+
+    forward = proof._forward
+    monkeypatch.setattr(proof, "_forward", noting)
+    wrap(plain.train())
+
+    assert seen == [(False, False)] * 2
+    assert plain.training
+
+
+# --- other models and precisions -------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_head_can_be_wrapped():
+    model = wrap(AutoModel.from_config(tiny_config("llama")).eval())
+
+    assert model(input_ids=TOKENS, document_ids=LAYOUT).last_hidden_state.shape == (2, 15, SIZES["hidden_size"])
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_bfloat16_models_hand_bfloat16_to_the_attention(monkeypatch, family):
+    model = wrap(tiny_model(family, torch.bfloat16))
+    seen = set()
+
+    def noting(query, key, value, *args, **kwargs):
+        seen.update((query.dtype, key.dtype, value.dtype))
+        return anchor_attention(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(hf, "anchor_attention", noting)
+    logits = logits_of(model, document_ids=LAYOUT)
+
+    assert seen == {torch.bfloat16}
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+
+
+def test_a_rotary_module_in_float32_keeps_the_attention_in_the_models_dtype(monkeypatch):
+    model = tiny_model("llama", torch.bfloat16)
+    rotary = model.model.rotary_emb
+    monkeypatch.setattr(rotary, "forward", lambda x, position_ids, f=rotary.forward: f(x.float(), position_ids))
+    wrap(model)
+    seen = set()
+
+    def noting(query, key, value, *args, **kwargs):
+        seen.update((query.dtype, key.dtype, value.dtype))
+        return anchor_attention(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(hf, "anchor_attention", noting)
+    # A cache would make one tensor of float32 keys and bfloat16 values, and the values float32.
+    logits_of(model, document_ids=LAYOUT, use_cache=False)
+
+    assert seen == {torch.bfloat16}
+
+
+def test_eager_models_still_give_attention_weights_without_document_ids():
+    model = tiny_model("llama", torch.float32, attn_implementation="eager")
+    before = model(input_ids=TOKENS, output_attentions=True).attentions
+    after = wrap(model)(input_ids=TOKENS, output_attentions=True).attentions
+
+    assert len(before) == len(after) == 2
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+# --- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_steps_of_a_trainer_run_on_layouts(plain, tmp_path):
+    def collate(examples):
+        layout = PackedLayout.from_lengths([example["lengths"] for example in examples])
+        tokens = torch.stack([example["input_ids"] for example in examples])
+        return {
+            "input_ids": tokens,
+            "labels": tokens.masked_fill(layout.document_ids < 1, -100),
+            "position_ids": layout.position_ids("continuous"),
+            "document_ids": layout,
+        }
+
+    examples = [{"input_ids": TOKENS[0], "lengths": lengths} for lengths in ([7, 5, 2], [14], [4, 10], [13, 1])]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=2, remove_unused_columns=False, report_to="none",
+        use_cpu=True, save_strategy="no", disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    model = wrap(plain)
+    before = model.lm_head.weight.detach().clone()
+    trainer = transformers.Trainer(model, arguments, train_dataset=examples, data_collator=collate)
+    result = trainer.train()
+
+    assert result.global_step == 2
+    assert torch.tensor(result.training_loss).isfinite()
+    assert not torch.equal(model.lm_head.weight, before)

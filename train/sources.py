@@ -1,0 +1,134 @@
+"""Where documents lie: files, folders and the hub, read through `datasets`, one item a document or a fault."""
+
+import json
+import re
+from collections.abc import Iterator
+from glob import escape
+from pathlib import Path
+
+from anchor_attn.train.embedded import Found, Skipped
+
+TOKENS = "input_ids"
+
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+
+
+def read_path(path: Path, text_column: str) -> Iterator[Found | Skipped]:
+    """What a file or a folder holds, in the order of its paths.
+
+    Raises:
+        ValueError: a file of rows that cannot be read to its end.
+    """
+    if not path.is_dir():
+        yield from _read_file(path, path.name, text_column)
+        return
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if not file.is_dir()}
+    visible = [name for name in sorted(files) if not re.search(r"(^|/)\.", name)]
+    has_rows = any(_file_format(files[name]) != "text" for name in visible)
+    for name in visible:
+        if not files[name].is_file():
+            yield Skipped(name, "not a regular file")
+        elif has_rows and _file_format(files[name]) == "text":
+            yield Skipped(name, "text file in a folder of rows")
+        else:
+            yield from _read_file(files[name], name, text_column)
+
+
+def _file_format(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _COMPRESSED]
+    return {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}.get(
+        suffixes[-1] if suffixes else "", "text"
+    )
+
+
+def _read_file(path: Path, name: str, text_column: str) -> Iterator[Found | Skipped]:
+    file_format = _file_format(path)
+    if file_format == "text":
+        try:
+            text = next(_stream_bytes(path, "document"))
+        except Exception as error:  # one document; whatever the file system or a decompressor has to say about it
+            yield Skipped(name, f"file that cannot be read, {type(error).__name__}")
+        else:
+            yield _decoded(name, name, text)
+        return
+    rows = _json_rows(path, name) if file_format == "json" else _parquet_rows(path, name, text_column)
+    try:
+        yield from rows
+    except Exception as error:  # how many documents are behind this point is unknown, so that it must not pass
+        raise ValueError(
+            f"source must be readable to its end, got {name!r} ({_one_line(error)}); "
+            f"write the {'JSON Lines' if file_format == 'json' else 'Parquet'} file again."
+        ) from error
+
+
+def _stream_bytes(path: Path, sample_by: str) -> Iterator[bytes]:
+    """The lines of a file, or all of it, as bytes with \\n for every line end."""
+    from datasets import Dataset
+
+    # Not load_dataset: once a file it asks a server to count the load, and waits up to 3 s where none answers.
+    # latin-1 maps every byte to a character and back: one undecodable line does not end the file.
+    rows = Dataset.from_text(_pattern(path), streaming=True, encoding="latin-1", sample_by=sample_by)
+    return (row["text"].encode("latin-1") for row in rows)
+
+
+def _pattern(path: Path) -> str:
+    return escape(str(path.absolute()))  # datasets takes wildcards: unescaped brackets match nothing and give no row
+
+
+def _decoded(name: str, file: str, data: bytes) -> Found | Skipped:
+    try:
+        return Found(name, file, data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Skipped(name, "not UTF-8")
+
+
+def _json_rows(path: Path, file: str) -> Iterator[Found | Skipped]:
+    for number, line in enumerate(_stream_bytes(path, "line"), start=1):
+        name = f"{file}:{number}"
+        item = _decoded(name, file, line)
+        if isinstance(item, Found):
+            if not str(item.content).strip():
+                continue
+            try:
+                row = json.loads(str(item.content))
+            except (ValueError, RecursionError):
+                item = Skipped(name, "not JSON")
+            else:
+                item = Found(name, file, row) if isinstance(row, dict) else Skipped(name, "not a JSON object")
+        yield item
+
+
+def _parquet_rows(path: Path, file: str, text_column: str) -> Iterator[Found | Skipped]:
+    from datasets import Dataset
+    from pyarrow import parquet  # type: ignore[import-untyped]
+
+    # The schema first: datasets would log a broken file before it raises.
+    columns = parquet.read_schema(path).names
+    wanted = [column for column in (text_column, TOKENS) if column in columns] or columns  # images need not be decoded
+    rows = Dataset.from_parquet(_pattern(path), streaming=True, columns=wanted)
+    yield from (Found(f"{file}:{number}", file, row) for number, row in enumerate(rows, start=1))
+
+
+def read_hub(name: str, subset: str | None, split: str, text_column: str) -> Iterator[Found | Skipped]:
+    """The rows of a dataset of the hub, streamed.
+
+    Raises:
+        ValueError: the hub does not give it.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, subset, split=split, streaming=True)
+        wanted = [column for column in (text_column, TOKENS) if column in (rows.column_names or ())]
+        rows = rows.select_columns(wanted) if wanted else rows
+        yield from (Found(f"{name}:{number}", name, row) for number, row in enumerate(rows, start=1))
+    except Exception as error:  # datasets, huggingface_hub, pyarrow and the network each have their own
+        raise ValueError(
+            f"source must be a path or a dataset that the hub can give, got {name!r} ({_one_line(error)}); "
+            f"check the name, split={split!r}, subset={subset!r} and the network."
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
