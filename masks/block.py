@@ -3,7 +3,7 @@
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from anchor_attn.masks.layout import PackedLayout
+from anchor_attn.masks.layout import PackedLayout, checked_int
 from anchor_attn.masks.patterns import Pattern, check_pattern, packed_mask_mod
 
 
@@ -31,9 +31,12 @@ def create_packed_block_mask(
         device: where the tables go; the layout's own device when None.
 
     Raises:
-        ValueError: an unknown pattern, the anchor pattern without an anchor, or a window below 1.
+        ValueError: an unknown pattern, the anchor pattern without an anchor, or a window or a block size below 1.
     """
     check_pattern(layout, pattern, sliding_window)
+    for size in block_size if isinstance(block_size, tuple) else (block_size,):
+        if checked_int(size, "block_size") < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}; pass 128, FlexAttention's own.")
     if pattern == "anchor" and not anchor_column:
         pattern = "intra_doc"
     layout = layout if device is None else layout.to(device)

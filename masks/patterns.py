@@ -184,7 +184,7 @@ def _id_mask_mod(layout: PackedLayout, pattern: Pattern, sliding_window: int | N
         causal = kv_idx <= q_idx
         same = ids[query] == ids[key]
         near = ranks[query] - ranks[key] < window
-        anchor = (ids[key] == ANCHOR_ID) & (ids[query] != PADDING_ID)
+        anchor = ids[key] == ANCHOR_ID
         lone = (ids[query] != PADDING_ID) | (q_idx == kv_idx)  # a padding token sees itself and nothing else
         if pattern == "intra_doc":
             seen = same & near

@@ -82,8 +82,10 @@ def plain(layout, mask, scale=None, softcap=None):
     return attend
 
 
-def assert_equals_plain_attention(engine, layout, states, mask, pattern, *, window=None, keep_anchor=True, **scores):
-    """Output and every gradient within the budget; exact zeros at padding."""
+def assert_equals_plain_attention(
+    engine, layout, states, mask, pattern, *, window=None, keep_anchor=True, atol=None, **scores
+):
+    """Output and every gradient within the budget, or within `atol` of the oracle; exact zeros at padding."""
 
     def attend(query, key, value, sinks):
         return anchor_attention(
@@ -101,7 +103,9 @@ def assert_equals_plain_attention(engine, layout, states, mask, pattern, *, wind
     eager = out_and_gradients(plain(layout, mask, **scores), in_eager, weights)
     oracle = out_and_gradients(plain(layout, mask, **scores), in_float64, weights)
     for name, *results in zip(("out", *NAMES), ours, eager, oracle, strict=False):
-        if results[2].any():
+        if atol is not None:
+            torch.testing.assert_close(results[0], results[2], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        elif results[2].any():
             assert_within_budget(*results, factor=2 if name == "out" else 3, what=name)
         else:  # one key a query, say: the gradient of its score is nothing but a difference of equal numbers
             rounding = torch.finfo(results[0].dtype).eps * max(part.abs().max() for part in oracle)
@@ -157,21 +161,22 @@ def test_windows_softcap_and_sinks_together_equal_textbook_attention(engine, pat
     sinks=st.booleans(),
     scale=st.sampled_from([None, 0.7]),
     chunk_tokens=st.sampled_from([1, 2, 3, 5, 512]),
-    dtype=st.sampled_from(DTYPES),
 )
 def test_any_small_batch_equals_attention_over_the_definition(
-    engine, request, kv_heads_and_group, value_dim, softcap, sinks, scale, chunk_tokens, dtype
+    engine, request, kv_heads_and_group, value_dim, softcap, sinks, scale, chunk_tokens
 ):
+    """In float64 and not by the budget: of a handful of numbers, eager PyTorch may by luck round none."""
     layout, pattern, window, keep_anchor = request
     if not sum(layout.row_tokens):
         return  # nothing but padding: no output depends on anything
     kv_heads, group = kv_heads_and_group
-    states = random_states(layout, kv_heads * group, kv_heads, 4, value_dim, dtype, sinks)
+    states = random_states(layout, kv_heads * group, kv_heads, 4, value_dim, torch.float64, sinks)
     mask = torch.tensor(attended_by_definition(layout.document_ids.tolist(), pattern, window, keep_anchor))
     with mock.patch.object(varlen, "CHUNK_TOKENS", chunk_tokens):
         assert_equals_plain_attention(
-            engine, layout, states, mask, pattern, window=window, keep_anchor=keep_anchor, softcap=softcap, scale=scale
-        )
+            engine, layout, states, mask, pattern, atol=1e-12, window=window, keep_anchor=keep_anchor,
+            softcap=softcap, scale=scale,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("window", [1, 511, 512, 513, 600])

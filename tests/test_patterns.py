@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import (
     anchored_layouts,
@@ -34,6 +34,7 @@ from anchor_attn.masks import (
 CONTIGUOUS = PackedLayout.from_lengths([[3, 2], [4]], anchor_tokens=2)
 INTERLEAVED = PackedLayout.from_document_ids(torch.tensor([[0, 0, 1, 2, 1, 1, 2, -1], [0, 0, 1, 1, 1, 1, -1, -1]]))
 
+few = settings(quick, max_examples=20)  # where every example goes through several of torch's own masks
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
@@ -92,7 +93,7 @@ def test_mask_mod_equals_the_dense_mask(request):
     assert torch.equal(evaluated(packed_mask_mod(layout, *asked), layout), dense_mask(layout, *asked))
 
 
-@quick
+@few
 @given(requests(contiguous_layouts(anchor_tokens=st.integers(2, 3), max_tokens=4)))
 def test_windows_that_end_among_several_anchors_equal_the_dense_mask(request):
     layout, _, window, _ = request
@@ -149,7 +150,7 @@ def test_mask_mod_is_a_bare_function_of_four_arguments_over_flat_int32_tables(la
 # --- relations -------------------------------------------------------------------------------------------------------
 
 
-@quick
+@few
 @given(requests(layouts()), st.randoms(use_true_random=False))
 def test_renumbering_the_documents_changes_nothing(request, random):
     layout, *asked = request
@@ -161,7 +162,7 @@ def test_renumbering_the_documents_changes_nothing(request, random):
     assert torch.equal(evaluated(packed_mask_mod(again, *asked), again), dense_mask(layout, *asked))
 
 
-@quick
+@few
 @given(requests(layouts(max_rows=2)), st.data())
 def test_cutting_a_document_up_moves_no_query_of_another(request, data):
     layout, pattern, window, keep_anchor = request
@@ -176,7 +177,7 @@ def test_cutting_a_document_up_moves_no_query_of_another(request, data):
         )
 
 
-@quick
+@few
 @given(st.integers(1, 12), st.integers(1, 3), st.none() | st.integers(1, 14))
 def test_one_document_behind_the_anchor_is_plain_causal_attention(tokens, anchor_tokens, window):
     layout = PackedLayout.from_lengths([[tokens]], anchor_tokens)
@@ -234,6 +235,16 @@ def test_attended_pairs_are_those_of_the_dense_mask_without_padding(request):
     counted = dense_mask(layout, *asked) & (layout.document_ids != -1)[:, :, None]
 
     assert attended_pairs(layout, *asked) == tuple(counted.sum(dim=(1, 2)).tolist())
+
+
+@every_pattern
+@pytest.mark.parametrize("keep_anchor", [True, False], ids=["keep_anchor", "anchor_in_window"])
+@pytest.mark.parametrize("window", [1, 2, 3, 4])
+def test_windows_shorter_than_the_anchor_are_counted_right(window, keep_anchor, pattern):
+    for layout in (PackedLayout.from_lengths([[1, 5, 2], [6]], anchor_tokens=3), INTERLEAVED):
+        counted = dense_mask(layout, pattern, window, keep_anchor) & (layout.document_ids != -1)[:, :, None]
+
+        assert attended_pairs(layout, pattern, window, keep_anchor) == tuple(counted.sum(dim=(1, 2)).tolist())
 
 
 def test_the_example_of_attended_pairs_is_true():
@@ -299,15 +310,18 @@ BLOCK_LAYOUTS = {
 
 
 @every_pattern
-@pytest.mark.parametrize("block_size", [128, (64, 32)], ids=["blocks_128", "blocks_64x32"])
+@pytest.mark.parametrize(
+    ("block_size", "window", "keep_anchor"),
+    [(128, None, True), ((64, 32), 40, False)],
+    ids=["blocks_128", "blocks_64x32-window_40"],
+)
 @pytest.mark.parametrize("layout", BLOCK_LAYOUTS.values(), ids=BLOCK_LAYOUTS)
-def test_block_mask_equals_torchs_own(layout, block_size, pattern):
-    for window, keep_anchor in ((None, True), (40, False)):
-        ours = create_packed_block_mask(layout, pattern, block_size, window, keep_anchor)
-        theirs = torchs_own(layout, pattern, window, keep_anchor, block_size=block_size)
+def test_block_mask_equals_torchs_own(layout, block_size, window, keep_anchor, pattern):
+    ours = create_packed_block_mask(layout, pattern, block_size, window, keep_anchor)
+    theirs = torchs_own(layout, pattern, window, keep_anchor, block_size=block_size)
 
-        assert blocks_of(ours) == blocks_of(theirs)
-        assert torch.equal(evaluated(ours.mask_mod, layout), dense_mask(layout, pattern, window, keep_anchor))
+    assert blocks_of(ours) == blocks_of(theirs)
+    assert torch.equal(evaluated(ours.mask_mod, layout), dense_mask(layout, pattern, window, keep_anchor))
 
 
 @quick
@@ -393,3 +407,9 @@ def test_ids_instead_of_a_layout_are_refused_in_one_line(entry):
     )
     with pytest.raises(TypeError, match=one_line(message)):
         entry(CONTIGUOUS.document_ids, "anchor")
+
+
+@pytest.mark.parametrize("block_size", [0, (128, -1)])
+def test_a_block_size_below_one_is_refused(block_size):
+    with pytest.raises(ValueError, match="block_size must be at least 1, got"):
+        create_packed_block_mask(PackedLayout.from_lengths([[3]]), block_size=block_size)

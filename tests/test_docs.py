@@ -1,0 +1,55 @@
+"""What README says runs, what it draws is the house, and what it claims to support is what the tests prove."""
+
+import re
+from pathlib import Path
+
+import pytest
+from families import FAMILIES, REFUSED
+
+from anchor_attn.train.presets import create_model
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def support_matrix():
+    """The README's table of families, from the configurations that the tests run."""
+    marks = {feature: "tested" for feature in ("sliding_window", "softcap", "sinks")}
+    lines = ["| family | sliding window | softcap | learned sinks |", "|---|---|---|---|"]
+    for name, family in sorted(FAMILIES.items()):
+        cells = [marks[feature] if feature in family.bites else "–" for feature in marks]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_support_matrix_is_the_one_that_the_tests_prove():
+    assert support_matrix() in README
+
+
+def test_every_refused_family_is_named():
+    spoken = re.sub(r"[^a-z0-9]", "", README.lower())
+    for name in REFUSED:
+        assert name.removesuffix("_text").replace("_", "") in spoken, name
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[0])
+def test_the_snippets_run(snippet, tmp_path):
+    create_model("tiny", 257, 4096, 256).save_pretrained(tmp_path)
+    exec(snippet.replace("path/to/model", str(tmp_path)), {})
+
+
+def test_the_house_is_as_drawn_and_every_folder_has_its_line():
+    tree = re.search(r"## The house\n\n```\n(.*?)```", README, flags=re.DOTALL).group(1)
+    drawn = {line.split("/")[0] for line in tree.splitlines()}
+    assert all((ROOT / folder).is_dir() for folder in drawn)
+    assert {"masks", "anchor_attn", "train", "tests", "notebooks"} <= drawn
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_no_placeholder_is_left():
+    assert not re.search(r"\b(TODO|FAMILIES|NUMBERS|[A-Z]+_(TIME|RUN))\b", README)
