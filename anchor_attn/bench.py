@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anchor_attn.attention import anchor_attention
+from anchor_attn.attention import Engine, anchor_attention
 from anchor_attn.masks import PATTERNS, PackedLayout, attended_pairs
 from anchor_attn.masks.patterns import Pattern
 
@@ -132,7 +132,8 @@ def bench_step(layout: PackedLayout, model_size: dict[str, Any], rounds: int, de
     check_parity(4, 32, device, seed)
     torch.manual_seed(seed)
     config = LlamaConfig(**model_size, vocab_size=257, max_position_embeddings=layout.seq_len)
-    plain = LlamaForCausalLM(config).to(device)
+    with torch.device(device):
+        plain = LlamaForCausalLM(config)
     layout = layout.to(device)
     ids = torch.randint(0, 256, (layout.batch_size, layout.seq_len), device=device)
     # Every document's first token starts at position 0, the anchor with the first: one causal stretch each.
@@ -160,7 +161,7 @@ def bench_step(layout: PackedLayout, model_size: dict[str, Any], rounds: int, de
     ]
     theirs = step(plain, position_ids=restart)
     rivals.append(Rival("transformers packed SDPA", "transformers", "sdpa, S × S mask", "intra_doc", theirs))
-    return time_rivals(rivals, layout, rounds)  # type: ignore[arg-type]  # PATTERNS are Patterns
+    return time_rivals(rivals, layout, rounds)
 
 
 def check_parity(num_heads: int, head_dim: int, device: str, seed: int) -> float:
@@ -179,11 +180,11 @@ def check_parity(num_heads: int, head_dim: int, device: str, seed: int) -> float
     worst = 0.0
     for pattern in PATTERNS:
         results = []
-        for engine, dtype in (("reference", torch.float64), ("varlen", torch.float32)):
-            *states, cotangent = (tensor.to(dtype) for tensor in inputs)
-            states = [state.requires_grad_() for state in states]
-            out = anchor_attention(*states, layout, pattern, engine)  # type: ignore[arg-type]
-            results.append([out.detach(), *torch.autograd.grad(out, states, cotangent)])
+        precisions: dict[Engine, torch.dtype] = {"reference": torch.float64, "varlen": torch.float32}
+        for engine, dtype in precisions.items():
+            query, key, value = (tensor.to(dtype).requires_grad_() for tensor in inputs[:3])
+            out = anchor_attention(query, key, value, layout, pattern, engine)
+            results.append([out.detach(), *torch.autograd.grad(out, (query, key, value), inputs[3].to(dtype))])
         for oracle, ours in zip(*results, strict=True):
             worst = max(worst, float((oracle - ours).abs().max() / oracle.abs().max()))
     if worst > PARITY_TOLERANCE:
@@ -203,7 +204,7 @@ def time_rivals(rivals: Sequence[Rival], layout: PackedLayout, rounds: int) -> l
             seconds[rival.name].append(time.perf_counter() - start)
     medians = {name: median(values[1:]) for name, values in seconds.items()}
     full_name = next(rival.name for rival in rivals if rival.pattern == "full")
-    pairs = {pattern: sum(attended_pairs(layout, pattern)) for pattern in PATTERNS}  # type: ignore[arg-type]
+    pairs = {pattern: sum(attended_pairs(layout, pattern)) for pattern in PATTERNS}
     return [
         Timing(
             name=rival.name,

@@ -21,7 +21,7 @@ from torch import Tensor
 from anchor_attn.masks.layout import ANCHOR_ID, PADDING_ID, PackedLayout, checked_int
 
 Pattern = Literal["full", "intra_doc", "anchor"]
-PATTERNS = ("full", "intra_doc", "anchor")
+PATTERNS: tuple[Pattern, ...] = ("full", "intra_doc", "anchor")
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

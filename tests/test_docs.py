@@ -15,7 +15,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def support_matrix():
     """The README's table of families, from the configurations that the tests run."""
-    marks = {feature: "tested" for feature in ("sliding_window", "softcap", "sinks")}
+    marks = dict.fromkeys(("sliding_window", "softcap", "sinks"), "tested")
     lines = ["| family | sliding window | softcap | learned sinks |", "|---|---|---|---|"]
     for name, family in sorted(FAMILIES.items()):
         cells = [marks[feature] if feature in family.bites else "–" for feature in marks]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from anchor_attn.attention import choose_engine
+from anchor_attn.attention import Engine, choose_engine
 from anchor_attn.masks.layout import PackedLayout
 from anchor_attn.results import check_device, describe_environment, write_json, write_jsonl
 from anchor_attn.train.documents import Documents, read_documents
@@ -64,7 +64,7 @@ class Comparison:
     learning_rate: float = 3e-3
     cut: Cut = "continue"
     held_out_rows: int = 12
-    engine: str = "auto"
+    engine: Engine = "auto"
     device: str = "cpu"
     dtype: str = "float32"
     out: Path = field(default=Path("runs/compare"))
@@ -163,8 +163,9 @@ def compare(settings: Comparison, say: Callable[[str], None] = lambda _: None) -
     train, held_out = documents.split_by_file(HELD_OUT_SHARE)
     tokenizer = load_tokenizer(settings.tokenizer or _tokenizer_of(settings.model))
     packed, alone = _hold_out(held_out, settings, tokenizer)
-    records, meta = [], {}
-    example = None
+    records: list[dict[str, Any]] = []
+    meta: dict[str, Any] = {}
+    example: PackedLayout | None = None
     for seed in settings.seeds:
         rows = pack_documents(
             train,

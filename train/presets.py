@@ -47,7 +47,7 @@ def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     if name in SIZES:
-        config = LlamaConfig(
+        size = LlamaConfig(
             **SIZES[name],
             vocab_size=vocab_size,
             max_position_embeddings=max_positions,
@@ -55,7 +55,7 @@ def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id
             eos_token_id=None,
             pad_token_id=None,
         )
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(size)
     if name.endswith(".json"):
         config = _read_config(name)
         config.vocab_size = vocab_size

@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from anchor_attn.attention import Engine
 from anchor_attn.masks import PATTERNS, attended_pairs
 from anchor_attn.masks.layout import PositionPolicy
 from anchor_attn.masks.patterns import Pattern
@@ -54,11 +55,11 @@ class Arm:
         pattern, *options = name.strip().split("+")
         if pattern not in PATTERNS or set(options) - {"reset", "bos"}:
             raise ValueError(
-                f"arm must be one of {', '.join(get_args(Pattern))}, with +reset or +bos behind it, got {name!r}; "
+                f"arm must be one of {', '.join(PATTERNS)}, with +reset or +bos behind it, got {name!r}; "
                 "for example intra_doc+reset."
             )
         policy: PositionPolicy = "reset" if "reset" in options else "continuous"
-        return cls(pattern, policy, "bos" in options)  # type: ignore[arg-type]  # checked above
+        return cls(pattern, policy, "bos" in options)
 
     @property
     def name(self) -> str:
@@ -96,7 +97,7 @@ class RunSpec:
     steps: int
     batch_size: int
     learning_rate: float
-    engine: str
+    engine: Engine
     device: str
     dtype: str
     out: Path
@@ -123,13 +124,13 @@ def run_arm(spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: Sequence
     set_seed(spec.seed)
     # A BOS per document makes rows longer, by one token a document at most: positions must reach there.
     model = create_model(spec.model, spec.vocab_size, 2 * spec.seq_len, spec.anchor_token_id)
-    wrap(model, pattern=spec.arm.pattern, engine=spec.engine, rope_precision=spec.arm.rope_precision)  # type: ignore[arg-type]
+    wrap(model, pattern=spec.arm.pattern, engine=spec.engine, rope_precision=spec.arm.rope_precision)
     collator = collator_of(spec)
     curve = _train(spec, model, rows, collator)
     model.eval()
     packed_losses = measure_loss(model, packed, collator, spec)
     # Plain causal for every arm, and without a BOS: the same rows, so that arms may be compared.
-    wrap(model, pattern="full", engine=spec.engine, rope_precision=spec.arm.rope_precision)  # type: ignore[arg-type]
+    wrap(model, pattern="full", engine=spec.engine, rope_precision=spec.arm.rope_precision)
     alone_losses = measure_loss(model, alone, PackedCollator(), spec)
     layouts = [collator([rows[index % len(rows)]])["document_ids"] for index in range(spec.steps * spec.batch_size)]
     pairs = [attended_pairs(layout, spec.arm.pattern)[0] for layout in layouts]
@@ -170,7 +171,7 @@ def _train(
     losses: list[Tensor] = []
     document_tokens = [sum(rows[index]["document_lengths"]) for index in range(len(rows))]
 
-    class LossKeepingTrainer(Trainer):  # type: ignore[misc]
+    class LossKeepingTrainer(Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             result = super().compute_loss(*args, **kwargs)
             losses.append((result[0] if isinstance(result, tuple) else result).detach())

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 import typer
 
@@ -9,7 +10,7 @@ from anchor_attn.cli.bench import bench_command
 from anchor_attn.cli.compare import compare_command
 
 # Newer releases of typer carry a click of their own, older ones import it: the class is found, not imported.
-UsageError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+UsageError: type[Any] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 INTERRUPTED = 130
 
@@ -36,7 +37,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except UsageError as error:
-        _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+        _fail(error.format_message(), 2)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:

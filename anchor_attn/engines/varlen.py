@@ -118,9 +118,9 @@ def _attend_segment(
     if request.softcap is not None or request.sinks is not None or request.sliding_window is not None:
         return _attend_in_chunks(query, key, value, anchor_tokens, request)
     if anchor is None:
-        return _sdpa(query, key, value, request, is_causal=True)
+        return _sdpa(query, key, value, request)
     # SDPA aligns a rectangular causal mask top-left: square it with the anchor's queries and drop their output.
-    out = _sdpa(torch.cat((anchor[0], query), dim=2), key, value, request, is_causal=True)
+    out = _sdpa(torch.cat((anchor[0], query), dim=2), key, value, request)
     return out[:, :, anchor_tokens:]
 
 
@@ -161,10 +161,18 @@ def _attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, anchor_tokens: 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, request: Request) -> Tensor:
     if request.softcap is None and request.sinks is None:
-        return _sdpa(query, key, value, request, attn_mask=mask)
+        return _sdpa(query, key, value, request, mask)
     return masked_attention(query, key, value, mask, request)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, request: Request, **mask: Tensor | bool) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, scale=request.scale, enable_gqa=grouped, **mask)
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, request: Request, mask: Tensor | None = None) -> Tensor:
+    """Causal where no mask is given."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=request.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
