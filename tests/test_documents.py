@@ -56,7 +56,7 @@ def test_meta_of_the_standard_library_names_python_the_hash_and_what_was_left_ou
     assert stdlib.meta == json.loads(json.dumps(stdlib.meta))
     assert stdlib.meta["python_version"] == platform.python_version()
     assert len(stdlib.meta["corpus_hash"]) == 16
-    assert {"shorter than 200 bytes", "longer than 2000 bytes", "duplicate"} <= stdlib.meta["skipped"].keys()
+    assert {"shorter than 200 bytes", "longer than 2000 bytes", "duplicates"} <= stdlib.meta["skipped"].keys()
     assert sum(stdlib.meta["skipped"].values()) == len(stdlib.skipped)
 
 
@@ -85,10 +85,10 @@ def test_every_top_level_definition_is_read_or_skipped_with_its_reason(tmp_path)
         Found("a.py:again", "a.py", FUNCTION.format(name="again")),
         Skipped("b.py:short", "shorter than 200 bytes"),
         Skipped("b.py:Long", "longer than 2000 bytes"),
-        Skipped("b/z.py:again", "duplicate"),
+        Skipped("b/z.py:again", "duplicates"),
         Found("b/z.py:last", "b/z.py", FUNCTION.format(name="last")),
-        Skipped("bad.py", "file that does not parse"),
-        Skipped("raw.py", "file that does not decode"),
+        Skipped("bad.py", "files that do not parse"),
+        Skipped("raw.py", "files that do not decode"),
     ]
 
 
@@ -97,7 +97,7 @@ def test_whole_files_of_the_standard_library_keep_what_stands_between_definition
     (tmp_path / "raw.py").write_bytes(b"x = '\xff'\n")
     assert list(read_stdlib_files(tmp_path)) == [
         Found("a.py", "a.py", "x = 1\n"),
-        Skipped("raw.py", "file that does not decode"),
+        Skipped("raw.py", "files that do not decode"),
     ]
 
 
@@ -105,7 +105,7 @@ def test_stdlib_files_reads_and_skips_empty_ones():
     documents = read_documents("stdlib-files", limit=300)
     assert len(documents) == 300
     assert documents.python_version
-    assert set(documents.skipped_by_reason) <= {"empty text", "file that does not decode"}
+    assert set(documents.skipped_by_reason) <= {"empty text", "files that do not decode"}
     assert documents.skipped_by_reason["empty text"] > 0
 
 

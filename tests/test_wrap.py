@@ -15,9 +15,10 @@ from families import REFUSED, SIZES, VOCAB_SIZE, refused_model, tiny_config, tin
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
-from anchor_attn import PackedLayout, hf, proof, unwrap, wrap
+from anchor_attn import PackedLayout, unwrap, wrap
 from anchor_attn.attention import anchor_attention
 from anchor_attn.engines import reference, varlen
+from anchor_attn.hf import forward, proof, wrapping
 
 LAYOUT = PackedLayout.from_lengths([[7, 5, 1], [4, 6]], seq_len=15)
 TOKENS = torch.randint(3, VOCAB_SIZE, LAYOUT.document_ids.shape, generator=torch.Generator().manual_seed(0))
@@ -53,7 +54,7 @@ def state_of(model):
     """All that `wrap` touches: implementations, module attributes, hooks, training flags and weights' names."""
     return {
         "implementations": [
-            config._attn_implementation for m in model.modules() for config in hf._configs_of(m).values()
+            config._attn_implementation for m in model.modules() for config in wrapping._configs_of(m).values()
         ],
         "attributes": [sorted(vars(module)) for module in model.modules()],
         "hooks": [
@@ -78,7 +79,7 @@ def test_models_of_one_config_keep_their_own_patterns_and_the_third_stays_plain(
     # From one config object, as transformers hands it on.
     for model in (first, second, third):
         for module in model.modules():
-            for name in hf._configs_of(module):
+            for name in wrapping._configs_of(module):
                 setattr(module, name, config)
     before = logits_of(third)
     wrap(first, "anchor")
@@ -86,10 +87,10 @@ def test_models_of_one_config_keep_their_own_patterns_and_the_third_stays_plain(
 
     assert torch.equal(logits_of(third), before)
     assert config._attn_implementation == third.config._attn_implementation == "sdpa"
-    assert not hf.is_wrapped(third)
-    assert {settings.pattern for settings in hf.holders(first).values()} == {"anchor"}
-    assert {settings.pattern for settings in hf.holders(second).values()} == {"intra_doc"}
-    assert {settings.engine for settings in hf.holders(second).values()} == {"reference"}
+    assert not wrapping.is_wrapped(third)
+    assert {settings.pattern for settings in wrapping.holders(first).values()} == {"anchor"}
+    assert {settings.pattern for settings in wrapping.holders(second).values()} == {"intra_doc"}
+    assert {settings.engine for settings in wrapping.holders(second).values()} == {"reference"}
     anchor, intra_doc = (logits_of(model, document_ids=LAYOUT) for model in (first, second))
     second_documents = LAYOUT.document_ids == 2
     assert (anchor - intra_doc)[second_documents].abs().min() > 0
@@ -97,7 +98,7 @@ def test_models_of_one_config_keep_their_own_patterns_and_the_third_stays_plain(
 
 
 def test_one_config_serves_all_submodules_of_a_wrapped_model(wrapped):
-    configs = {id(config) for module in wrapped.modules() for config in hf._configs_of(module).values()}
+    configs = {id(config) for module in wrapped.modules() for config in wrapping._configs_of(module).values()}
 
     assert configs == {id(wrapped.config)}
 
@@ -108,7 +109,7 @@ def test_unwrap_restores_the_model(plain):
 
     assert state_of(plain) == before
     assert torch.equal(logits_of(plain), outputs)
-    assert not hf.is_wrapped(plain)
+    assert not wrapping.is_wrapped(plain)
 
 
 def test_unwrap_leaves_other_models_alone(plain):
@@ -120,7 +121,7 @@ def test_unwrap_leaves_other_models_alone(plain):
 
 def test_wrap_and_unwrap_return_the_model(plain):
     assert wrap(plain) is plain
-    assert hf.is_wrapped(plain)
+    assert wrapping.is_wrapped(plain)
     assert unwrap(plain) is plain
 
 
@@ -132,7 +133,7 @@ def test_wrapping_again_changes_the_settings_and_nothing_else(plain):
 
     assert state_of(plain) == once
     assert torch.equal(logits_of(plain, document_ids=LAYOUT), intra_doc)
-    assert {settings.previous for settings in hf.holders(plain).values()} == {"sdpa"}
+    assert {settings.previous for settings in wrapping.holders(plain).values()} == {"sdpa"}
     assert state_of(unwrap(plain)) == before
 
 
@@ -182,10 +183,10 @@ def test_a_deep_copy_is_wrapped_and_unwraps_by_itself(wrapped):
 
     assert torch.equal(logits_of(twin, document_ids=LAYOUT), packed)
     unwrap(twin)
-    assert not hf.is_wrapped(twin)
+    assert not wrapping.is_wrapped(twin)
     assert twin.config._attn_implementation == "sdpa"
     assert torch.equal(logits_of(wrapped, document_ids=LAYOUT), packed)
-    assert hf.is_wrapped(wrapped)
+    assert wrapping.is_wrapped(wrapped)
     with pytest.raises(ValueError, match="must be given to a wrapped"):
         wrapped(input_ids=TOKENS, labels=TOKENS)
     assert state_of(unwrap(wrapped)) == state_of(twin)
@@ -196,7 +197,7 @@ def test_a_saved_wrapped_model_loads_as_a_plain_one(wrapped, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
 
     assert "anchor_attn" not in (tmp_path / "config.json").read_text()
-    assert not hf.is_wrapped(loaded)
+    assert not wrapping.is_wrapped(loaded)
     assert loaded.config._attn_implementation == "sdpa"
     assert torch.equal(logits_of(loaded), logits_of(wrapped))
     assert torch.equal(logits_of(wrap(loaded), document_ids=LAYOUT), logits_of(wrapped, document_ids=LAYOUT))
@@ -264,7 +265,7 @@ def test_all_layers_share_one_plan(monkeypatch, as_tensor):
 def test_a_layout_on_the_host_moves_to_the_tokens_once_a_forward(wrapped):
     tokens = torch.zeros(LAYOUT.document_ids.shape, dtype=torch.long, device="meta")
     for name in ("input_ids", "inputs_embeds"):
-        _, kwargs = hf.before_forward(wrapped, (), {name: tokens, "document_ids": LAYOUT})
+        _, kwargs = forward.before_forward(wrapped, (), {name: tokens, "document_ids": LAYOUT})
         assert kwargs["document_ids"].device.type == "meta"
         assert kwargs["document_ids"] == LAYOUT
 
@@ -346,7 +347,7 @@ def test_a_layer_that_loses_document_ids_in_training_raises(wrapped):
     with pytest.raises(
         ValueError, match=r"^document_ids must reach every attention layer of a training model, got none"
     ):
-        hf.attention_forward(layer, states, states[:, :2], states[:, :2], None)
+        forward.attention_forward(layer, states, states[:, :2], states[:, :2], None)
 
 
 BAD_INPUTS = [
@@ -399,9 +400,29 @@ def test_embeddings_of_another_batch_raise(wrapped):
 def test_a_filled_cache_beside_document_ids_raises(wrapped):
     cache = wrapped(input_ids=TOKENS, use_cache=True).past_key_values
     with pytest.raises(
-        ValueError, match=r"^document_ids must come with an empty cache, got one of 15 tokens; leave doc"
+        ValueError, match=r"^document_ids must come with an empty cache that grows, got one of 15 tokens; lea"
     ):
         wrapped(input_ids=TOKENS, document_ids=LAYOUT, past_key_values=cache)
+
+
+def test_a_cache_of_fixed_size_beside_document_ids_raises(wrapped):
+    cache = transformers.StaticCache(config=wrapped.config, max_cache_len=20)
+    with pytest.raises(ValueError, match=r"^document_ids must come with an empty cache that grows, got one of a fixed"):
+        wrapped(input_ids=TOKENS, document_ids=LAYOUT, past_key_values=cache)
+
+
+def test_a_forward_with_document_ids_makes_a_cache_only_when_asked(wrapped):
+    assert wrapped(input_ids=TOKENS, document_ids=LAYOUT).past_key_values is None
+    assert wrapped(input_ids=TOKENS, document_ids=LAYOUT, use_cache=True).past_key_values is not None
+
+
+def test_a_bfloat16_model_with_a_float32_rotary_module_trains(plain):
+    model = plain.to(torch.bfloat16)
+    rotary = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda *a, **k: tuple(part.float() for part in rotary(*a, **k))
+    loss = wrap(model).train()(input_ids=TOKENS, labels=TOKENS, document_ids=LAYOUT).loss
+    loss.backward()
+    assert torch.isfinite(loss)
 
 
 def test_attention_dropout_raises_in_training_and_not_in_evaluation():
@@ -445,7 +466,9 @@ def test_a_window_that_only_the_mask_knows_raises(wrapped):
     with pytest.raises(
         ValueError, match=r"^LlamaAttention must hand its attention window to the attention function, got s"
     ):
-        hf.attention_forward(layer, states, states, states, hf.DeferredMask({"local_size": 2}), document_ids=layout)
+        forward.attention_forward(
+            layer, states, states, states, forward.DeferredMask({"local_size": 2}), document_ids=layout
+        )
 
 
 # --- what wrap refuses -----------------------------------------------------------------------------------------------
@@ -549,7 +572,7 @@ def test_a_proof_that_shows_nothing_is_no_proof(plain, value):
 def test_a_head_that_begins_as_zeros_is_no_obstacle(plain):
     plain.lm_head.weight.data.zero_()
 
-    assert hf.is_wrapped(wrap(plain))
+    assert wrapping.is_wrapped(wrap(plain))
 
 
 @pytest.mark.parametrize(
@@ -601,7 +624,7 @@ def test_bfloat16_models_hand_bfloat16_to_the_attention(monkeypatch, family):
         seen.update((query.dtype, key.dtype, value.dtype))
         return anchor_attention(query, key, value, *args, **kwargs)
 
-    monkeypatch.setattr(hf, "anchor_attention", noting)
+    monkeypatch.setattr(forward, "anchor_attention", noting)
     logits = logits_of(model, document_ids=LAYOUT)
 
     assert seen == {torch.bfloat16}
@@ -620,7 +643,7 @@ def test_a_rotary_module_in_float32_keeps_the_attention_in_the_models_dtype(monk
         seen.update((query.dtype, key.dtype, value.dtype))
         return anchor_attention(query, key, value, *args, **kwargs)
 
-    monkeypatch.setattr(hf, "anchor_attention", noting)
+    monkeypatch.setattr(forward, "anchor_attention", noting)
     # A cache would make one tensor of float32 keys and bfloat16 values, and the values float32.
     logits_of(model, document_ids=LAYOUT, use_cache=False)
 

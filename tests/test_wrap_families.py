@@ -11,8 +11,9 @@ import pytest
 import torch
 from families import FAMILIES, VOCAB_SIZE, tiny_model
 
-from anchor_attn import PackedLayout, hf, unwrap, wrap
+from anchor_attn import PackedLayout, unwrap, wrap
 from anchor_attn.attention import anchor_attention
+from anchor_attn.hf import forward
 
 LAYOUT = PackedLayout.from_lengths([[9, 6, 1, 11], [3, 17, 2]], seq_len=30)
 
@@ -144,7 +145,7 @@ def test_the_family_test_would_see_a_lost_feature(monkeypatch, family, feature):
         given.append(kwargs.pop(feature))
         return anchor_attention(*args, **kwargs)
 
-    monkeypatch.setattr(hf, "anchor_attention", without)
+    monkeypatch.setattr(forward, "anchor_attention", without)
     expected, _ = alone(family, "anchor", "continuous")
     real = LAYOUT.document_ids >= 0
     moved = (packed(model)[real] - expected[real]).abs().max()
@@ -156,7 +157,7 @@ def test_the_family_test_would_see_a_lost_feature(monkeypatch, family, feature):
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if "sliding_window" in family.bites])
 def test_the_family_test_would_see_an_anchor_kept_outside_the_window(monkeypatch, family):
     model = wrap(tiny_model(family), "anchor", "reference")
-    monkeypatch.setattr(hf, "anchor_attention", lambda *a, **k: anchor_attention(*a, **{**k, "keep_anchor": True}))
+    monkeypatch.setattr(forward, "anchor_attention", lambda *a, **k: anchor_attention(*a, **{**k, "keep_anchor": True}))
     expected, _ = alone(family, "anchor", "continuous")
     real = LAYOUT.document_ids >= 0
 

@@ -45,12 +45,12 @@ def read_stdlib(root: Path | None = None) -> Iterator[Found | Skipped]:
     seen: set[str] = set()
     for file, source in _sources(root):
         if source is None:
-            yield Skipped(file, "file that does not decode")
+            yield Skipped(file, "files that do not decode")
             continue
         try:
             found = list(_top_level(source))
         except (SyntaxError, ValueError, RecursionError, MemoryError):  # all that ast.parse documents
-            yield Skipped(file, "file that does not parse")
+            yield Skipped(file, "files that do not parse")
             continue
         for symbol, text in found:
             name, size_bytes = f"{file}:{symbol}", len(text.encode())
@@ -59,7 +59,7 @@ def read_stdlib(root: Path | None = None) -> Iterator[Found | Skipped]:
             elif size_bytes > MAX_BYTES:
                 yield Skipped(name, f"longer than {MAX_BYTES} bytes")
             elif text in seen:
-                yield Skipped(name, "duplicate")
+                yield Skipped(name, "duplicates")
             else:
                 seen.add(text)
                 yield Found(name, file, text)
@@ -68,7 +68,7 @@ def read_stdlib(root: Path | None = None) -> Iterator[Found | Skipped]:
 def read_stdlib_files(root: Path | None = None) -> Iterator[Found | Skipped]:
     """Every `.py` file of the standard library, whole, in the order of their paths; site-packages left out."""
     for file, source in _sources(root):
-        yield Skipped(file, "file that does not decode") if source is None else Found(file, file, source)
+        yield Skipped(file, "files that do not decode") if source is None else Found(file, file, source)
 
 
 def _sources(root: Path | None) -> Iterator[tuple[str, str | None]]:

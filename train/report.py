@@ -1,5 +1,6 @@
 """What a comparison says: a table for the terminal, pictures, and one HTML page."""
 
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,7 +123,8 @@ def _write_provenance(page: Page, meta: dict[str, Any]) -> None:
         ]
     )
     versions = ", ".join(f"{package} {number}" for package, number in meta["versions"].items())
-    page.code(f"{versions}\ncommit {meta['git_commit'] or 'unknown (ordinary install)'}\n{meta['settings']}")
+    page.code(f"{versions}\ncommit {meta['git_commit'] or 'unknown (ordinary install)'}")
+    page.code(json.dumps(meta["settings"], indent=1))
 
 
 def _full_pairs(result: "Result") -> float:
@@ -182,6 +184,7 @@ def _draw_losses(result: "Result") -> "Figure":
     for axes, key in zip(panels, ("document tokens", "seconds"), strict=True):
         axes.axhline(result.meta["unigram_loss"], color="0.6", linestyle=":", label="token frequencies")
         axes.set(xlabel=key, ylabel="nats per labelled token")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend(frameon=False)
     return figure
 
@@ -196,12 +199,13 @@ def _draw_step_times(result: "Result") -> "Figure":
         bars = axes.barh(result.arms, values, color=[f"C{place}" for place in range(len(values))])
         axes.bar_label(bars, fmt="{:,.2f}" if key == "step_s" else "{:,.0f}", padding=4)
         axes.set(xlabel=label, xlim=(0, 1.25 * max(values)))
+        axes.xaxis.set_major_formatter("{x:,.1f}" if key == "step_s" else "{x:,.0f}")
         axes.invert_yaxis()
     return figure
 
 
 def _draw_by_position(result: "Result") -> "Figure":
-    figure, (axes,) = _figure(1, 7, 4)
+    figure, (axes,) = _figure(1, 11, 4)
     for place, arm in enumerate(result.arms):
         by_position: dict[int, list[float]] = {}
         for record in result.of_arm(arm):

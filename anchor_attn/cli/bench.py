@@ -65,14 +65,14 @@ def bench_command(
     if as_json:
         typer.echo(json.dumps({"meta": meta, "records": records}, indent=1))
         return
-    table = Table("rival", "seconds", "min–max", "speed-up", "of pair-count ideal", box=box.SIMPLE_HEAD)
+    table = Table("rival", "seconds", "min–max", "speed-up", "pairs", box=box.SIMPLE_HEAD)
     for timing in timings:
         table.add_row(
             timing.name,
             f"{timing.seconds:.3f}",
             f"{timing.fastest:.3f}–{timing.slowest:.3f}",
             f"{timing.speedup:.2f} ×",
-            f"{100 * timing.share_of_ideal:.0f} %",
+            f"{100 * timing.share_of_ideal / timing.speedup:.0f} %",
         )
     console = Console()
     console.print(

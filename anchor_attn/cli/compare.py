@@ -64,7 +64,7 @@ def compare_command(
         out=out,
     )
     require_matplotlib()
-    said = Console(stderr=True)
+    said = Console(stderr=True, highlight=False, soft_wrap=True)
     result = compare(settings, say=said.print)
     written = write_report(result, out)
     if as_json:

@@ -1,16 +1,10 @@
-"""Hugging Face decoders under anchor attention, through transformers' own registries; nothing is patched.
+"""One forward pass of a wrapped decoder: its inputs are checked, and every layer calls our attention.
 
-    wrap(model) ─ own config per model ─ registers "anchor_attn" ─ proof.py runs one tiny forward
-    model(..., document_ids=…) ─ before_forward: ids become a layout ─ every layer: attention_forward ─ anchor_attention
-
-transformers hands keywords of the model to its attention function, so `document_ids` travels by itself. Its mask
-function knows nothing of them; it returns a `DeferredMask`, which is only built when a forward without `document_ids`
-asks for the attention that the model had before.
+transformers' mask function knows nothing of `document_ids`; ours returns a `DeferredMask`, which is only built when a
+forward without them asks for the attention that the model had before.
 """
 
-import copy
 import inspect
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,20 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from anchor_attn.attention import Engine, anchor_attention, choose_engine
+from anchor_attn.attention import Engine, anchor_attention
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PADDING_ID
-from anchor_attn.masks.patterns import PATTERNS, Pattern
+from anchor_attn.masks.patterns import Pattern
 
 # Not a word with "flash" in it: transformers treats such names as FlashAttention and drops the mask.
 IMPLEMENTATION = "anchor_attn"
 SETTINGS = "_anchor_attn"
-HANDLES = "_anchor_attn_handles"
-ROPE_PRECISIONS = ("model",)
-
-logger = logging.getLogger("anchor_attn")
 
 
 @dataclass(frozen=True)
@@ -49,118 +39,6 @@ class Settings:
     engine: Engine
     rope_precision: str
     previous: str
-
-
-def wrap(
-    model: PreTrainedModel, pattern: Pattern = "anchor", engine: Engine = "auto", rope_precision: str = "model"
-) -> PreTrainedModel:
-    """Give a transformers decoder document-aware attention.
-
-        wrap(model, pattern="anchor")
-        model(input_ids=…, labels=…, position_ids=…, document_ids=…)
-
-    `document_ids` is a `PackedLayout`, or an int tensor [B, S] in its convention, which is then checked once a forward.
-    Without `document_ids` the model computes what it computed before, and raises if it is training or gets labels.
-    Sliding layers count the anchor as an ordinary token before each document, so that one document behind the anchor
-    equals the unwrapped model. The model gets a config of its own; others built from the same config stay as they are.
-    Wrapping a wrapped model changes its settings.
-
-    Args:
-        model: a decoder with causal softmax attention in every layer.
-        pattern: "full", "intra_doc" or "anchor".
-        engine: as `anchor_attention`.
-        rope_precision: "model".
-
-    Returns:
-        The same model.
-
-    Raises:
-        TypeError: not a transformers model.
-        ValueError: an unknown setting, or a model that ignores the attention interface, leaks between documents
-            through other layers, or cannot be proven; the model is then as it was.
-    """
-    from anchor_attn.proof import prove, refuse_unsupported
-
-    if pattern not in PATTERNS:
-        raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}; pass one of them.")
-    if rope_precision not in ROPE_PRECISIONS:
-        raise ValueError(f"rope_precision must be one of {ROPE_PRECISIONS}, got {rope_precision!r}; pass 'model'.")
-    chosen = choose_engine(engine)
-    refuse_unsupported(model)
-    unwrap(model)
-    if any(c._attn_implementation == IMPLEMENTATION for m in model.modules() for c in _configs_of(m).values()):
-        raise ValueError(
-            f"model must have an attention of its own beside anchor_attn, got {_name(model)} built from a wrapped "
-            "model's config; call model.set_attn_implementation('sdpa') first."
-        )
-    if engine == "auto":
-        logger.info("engine='auto' chose %r for %s: exact on every device, a document at a time", chosen, _name(model))
-    register()
-    _own_configs(model)
-    for module in model.modules():
-        for config in _configs_of(module).values():
-            setattr(module, SETTINGS, Settings(pattern, engine, rope_precision, config._attn_implementation))
-    set_implementation(model, IMPLEMENTATION)
-    submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    handles = [module.register_forward_pre_hook(before_forward, with_kwargs=True) for module in submodels]
-    setattr(model, HANDLES, handles)
-    try:
-        prove(model)
-    except BaseException:
-        unwrap(model)
-        raise
-    return model
-
-
-def unwrap(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a wrapped model the attention back that it had before; other models are left as they are.
-
-    Returns:
-        The same model, on the config of its own that `wrap` gave it.
-    """
-    for module in model.modules():  # a submodel may have been wrapped by itself before
-        for handle in module.__dict__.pop(HANDLES, ()):
-            handle.remove()
-    for module, settings in holders(model).items():
-        for config in _configs_of(module).values():
-            config._attn_implementation = settings.previous
-        delattr(module, SETTINGS)
-    return model
-
-
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether `wrap` was called on this model and not undone."""
-    return HANDLES in model.__dict__
-
-
-def register() -> None:
-    """Make the implementation known to transformers; again and again does no harm."""
-    AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, defer_mask)
-
-
-def _configs_of(module: nn.Module) -> dict[str, PreTrainedConfig]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, PreTrainedConfig)}
-
-
-def _own_configs(model: PreTrainedModel) -> None:
-    """Replace the config on every submodule that holds it: models built from one config share its implementation."""
-    copies: dict[int, Any] = {}
-    for module in model.modules():
-        for name, config in _configs_of(module).items():
-            setattr(module, name, copy.deepcopy(config, copies))
-
-
-def holders(model: nn.Module) -> dict[nn.Module, Settings]:
-    """The modules that hold the model's config, each with its settings."""
-    return {module: vars(module)[SETTINGS] for module in model.modules() if SETTINGS in vars(module)}
-
-
-def set_implementation(model: PreTrainedModel, implementation: str) -> None:
-    """Point the configs of a wrapped model to an attention implementation."""
-    for module in holders(model):
-        for config in _configs_of(module).values():
-            config._attn_implementation = implementation
 
 
 def before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -187,7 +65,9 @@ def before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if tokens is not None:  # here, not in every layer: a moved layout makes its plans anew
         layout = layout.to(tokens.device)
-    return args, {**kwargs, "document_ids": layout}
+    # A training step has no use for a cache, and a DynamicCache promotes the values to the keys' dtype.
+    no_cache = {} if "use_cache" in given or "past_key_values" in given else {"use_cache": False}
+    return args, {**kwargs, **no_cache, "document_ids": layout}
 
 
 def as_layout(document_ids: PackedLayout | Tensor) -> PackedLayout:
@@ -205,9 +85,10 @@ def _check_inputs(given: dict[str, Any], layout: PackedLayout) -> None:
                 "pass the ids of this batch."
             )
     cache = given.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
+    if cache is not None and (cache.get_seq_length() > 0 or cache.is_compileable):
+        held = f"{cache.get_seq_length()} tokens" if cache.get_seq_length() else "a fixed size"
         raise ValueError(
-            f"document_ids must come with an empty cache, got one of {cache.get_seq_length()} tokens; "
+            f"document_ids must come with an empty cache that grows, got one of {held}; "
             "leave document_ids out when generating."
         )
     mask = given.get("attention_mask")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from anchor_attn import hf
+from anchor_attn.hf.forward import IMPLEMENTATION, SETTINGS, attention_forward, defer_mask
+from anchor_attn.hf.wrapping import holders, set_implementation
 from anchor_attn.masks import PackedLayout
 
 SOFTMAX_LAYERS = {"full_attention", "sliding_attention"}
@@ -122,22 +123,22 @@ def _proving(model: PreTrainedModel) -> Iterator[set[nn.Module]]:
 
     def noting_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         callers.add(module)
-        return hf.attention_forward(module, *args, **kwargs)
+        return attention_forward(module, *args, **kwargs)
 
     AttentionInterface.register(PROOF, noting_forward)
-    AttentionMaskInterface.register(PROOF, hf.defer_mask)
+    AttentionMaskInterface.register(PROOF, defer_mask)
     training = {module: module.training for module in model.modules()}
-    holders = hf.holders(model)
+    held = holders(model)
     model.eval()
-    for module, settings in holders.items():
-        setattr(module, hf.SETTINGS, replace(settings, pattern="intra_doc"))
-    hf.set_implementation(model, PROOF)
+    for module, settings in held.items():
+        setattr(module, SETTINGS, replace(settings, pattern="intra_doc"))
+    set_implementation(model, PROOF)
     try:
         yield callers
     finally:
-        AttentionInterface.register(PROOF, hf.attention_forward)  # nothing global may hold the model
-        hf.set_implementation(model, hf.IMPLEMENTATION)
-        for module, settings in holders.items():
-            setattr(module, hf.SETTINGS, settings)
+        AttentionInterface.register(PROOF, attention_forward)  # nothing global may hold the model
+        set_implementation(model, IMPLEMENTATION)
+        for module, settings in held.items():
+            setattr(module, SETTINGS, settings)
         for module, was_training in training.items():
             module.training = was_training
