@@ -59,7 +59,7 @@ class Comparison:
     tokenizer: str | None = None
     model: str = "laptop"
     seq_len: int = 4096
-    steps: int = 100
+    steps: int = 120
     batch_size: int = 1
     learning_rate: float = 3e-3
     cut: Cut = "continue"

@@ -26,7 +26,7 @@ def compare_command(
         str | None, typer.Option(help="bytes, or a Hugging Face name or path; a checkpoint brings its own.")
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a row, the anchor included.")] = 4096,
-    steps: Annotated[int, typer.Option(help="Optimizer steps a run.")] = 100,
+    steps: Annotated[int, typer.Option(help="Optimizer steps a run.")] = 120,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine.")] = 3e-3,
     cut: Annotated[str, typer.Option(help="A document cut at the row's end: continue in the next row, or drop.")] = (
