@@ -109,7 +109,9 @@ def tiny_model(name: str, dtype: torch.dtype | None = None, **options: Any) -> P
     """A model of a family in eval mode, the same weights each time; `options` go to the config."""
     family = FAMILIES[name]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(name, **options))
+    # Older transformers run softcapped models on SDPA by default, which has no softcap and says nothing.
+    attention = {"attn_implementation": "eager"} if "softcap" in family.bites else {}
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **options), **attention)
     if family.experts is not None:
         model.set_experts_implementation(family.experts)
     with torch.no_grad():
