@@ -40,8 +40,8 @@ check: $(READY)
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 bench: $(READY)
-	$(BIN)/anchor-attn bench attention --out runs/bench
-	$(BIN)/anchor-attn bench step --out runs/bench
+	$(BIN)/anchor-attn bench attention
+	$(BIN)/anchor-attn bench step
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,5 @@
 """One attention call for every engine: check, choose, call."""
 
-import logging
 import math
 from types import ModuleType
 from typing import Literal
@@ -14,8 +13,6 @@ from anchor_attn.request import Request
 
 Engine = Literal["auto", "reference", "varlen"]
 ENGINES: dict[str, ModuleType] = {"reference": reference, "varlen": varlen}
-
-logger = logging.getLogger("anchor_attn")
 
 
 def anchor_attention(

@@ -4,10 +4,12 @@ Every measurement alternates the rivals round by round, so that a noisy machine 
 reports medians.
 """
 
+import copy
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -18,16 +20,10 @@ from torch import Tensor
 from anchor_attn.attention import Engine, anchor_attention
 from anchor_attn.masks import PATTERNS, PackedLayout, attended_pairs
 from anchor_attn.masks.patterns import Pattern
+from anchor_attn.results import CheckError
 
 PARITY_TOKENS = 700
 PARITY_TOLERANCE = 1e-4
-STEP_MODEL = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,8 @@ class Timing:
         pattern: who attended to whom.
         seq_len: tokens a row.
         seconds: median of the rounds, the first left out.
-        fastest: of the rounds; `slowest`: likewise.
+        fastest_s: of the counted rounds.
+        slowest_s: of the counted rounds.
         speedup: full's seconds over these.
         share_of_ideal: the speedup, over full's pairs divided by this pattern's pairs.
     """
@@ -52,8 +49,8 @@ class Timing:
     pattern: Pattern
     seq_len: int
     seconds: float
-    fastest: float
-    slowest: float
+    fastest_s: float
+    slowest_s: float
     speedup: float
     share_of_ideal: float
 
@@ -75,10 +72,15 @@ def draw_lengths(tokens: int, shortest: int, longest: int, seed: int) -> list[in
     Raises:
         ValueError: no number of such documents adds up to `tokens`.
     """
+    if not 1 <= shortest <= longest:
+        raise ValueError(
+            f"shortest and longest must be lengths in this order, got {shortest} and {longest}; pass 300 and 1400, say."
+        )
     documents = max(1, round(2 * tokens / (shortest + longest)))
     if not documents * shortest <= tokens <= documents * longest:
         raise ValueError(
-            f"seq_len must hold documents of {shortest} to {longest} tokens, got room for {tokens}; raise seq_len."
+            f"seq_len must hold documents of {shortest} to {longest} tokens, got room for {tokens}; "
+            "raise seq_len, or lower shortest."
         )
     draw = random.Random(seed)
     while True:
@@ -93,7 +95,7 @@ def bench_attention(
     """Forward and backward of full SDPA and of the varlen engine under every pattern; float32.
 
     Raises:
-        RuntimeError: an engine disagrees with the float64 reference; then nothing is timed.
+        CheckError: an engine disagrees with the float64 reference; then nothing is timed.
     """
     check_parity(num_heads, head_dim, device, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -106,10 +108,10 @@ def bench_attention(
         return lambda: torch.autograd.grad(attend(*states), states, cotangent)
 
     def varlen(pattern: Pattern) -> Rival:
-        attend = lambda q, k, v: anchor_attention(q, k, v, layout, pattern, engine="varlen")  # noqa: E731
+        attend = partial(anchor_attention, layout=layout, pattern=pattern, engine="varlen")
         return Rival(f"varlen {pattern}", "varlen", "sdpa per document", pattern, forward_backward(attend))
 
-    full = forward_backward(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    full = forward_backward(partial(F.scaled_dot_product_attention, is_causal=True))
     rivals = [Rival("full SDPA", "torch", "sdpa", "full", full), varlen("intra_doc"), varlen("anchor")]
     return time_rivals(rivals, layout, rounds)
 
@@ -121,46 +123,46 @@ def bench_step(layout: PackedLayout, model_size: dict[str, Any], rounds: int, de
     document, which is how transformers recognises packed rows.
 
     Raises:
-        RuntimeError: an engine disagrees with the float64 reference; then nothing is timed.
+        CheckError: an engine disagrees with the float64 reference; then nothing is timed.
     """
-    import copy
-
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from anchor_attn.hf import wrap
 
-    check_parity(4, 32, device, seed)
-    torch.manual_seed(seed)
     config = LlamaConfig(**model_size, vocab_size=257, max_position_embeddings=layout.seq_len)
+    check_parity(config.num_attention_heads, config.hidden_size // config.num_attention_heads, device, seed)
+    torch.manual_seed(seed)
     with torch.device(device):
         plain = LlamaForCausalLM(config)
     layout = layout.to(device)
     ids = torch.randint(0, 256, (layout.batch_size, layout.seq_len), device=device)
-    # Every document's first token starts at position 0, the anchor with the first: one causal stretch each.
-    restart = (layout.document_ranks() + layout.anchor_tokens * (layout.document_ids <= 1)).clamp(min=0)
+    restart = layout.document_ranks().clamp(min=0)  # the anchor stands alone there, as under intra_doc
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False, "position_ids": restart}
+    wrapped = {pattern: wrap(copy.deepcopy(plain), pattern, engine="varlen") for pattern in PATTERNS}
+    with torch.no_grad():
+        ours = float(wrapped["intra_doc"](**inputs, document_ids=layout).loss)
+        theirs = float(plain(**inputs).loss)
+    if abs(ours - theirs) > PARITY_TOLERANCE * theirs:
+        raise CheckError(
+            f"intra_doc must equal transformers' packed attention before it is timed, got losses {ours} and {theirs}; "
+            "report this with the versions of torch and transformers."
+        )
 
-    def step(model: Any, **inputs: Any) -> Callable[[], Any]:
+    def step(model: Any, **extra: Any) -> Callable[[], Any]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
         def run() -> None:
-            model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss.backward()
+            model(**inputs, **extra).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return run
 
     rivals = [
-        Rival(
-            f"wrapped {pattern}",
-            "varlen",
-            "sdpa per document",
-            pattern,
-            step(wrap(copy.deepcopy(plain), pattern, engine="varlen"), document_ids=layout),
-        )
-        for pattern in PATTERNS
+        Rival(f"wrapped {pattern}", "varlen", "sdpa per document", pattern, step(model, document_ids=layout))
+        for pattern, model in wrapped.items()
     ]
-    theirs = step(plain, position_ids=restart)
-    rivals.append(Rival("transformers packed SDPA", "transformers", "sdpa, S × S mask", "intra_doc", theirs))
+    rivals.append(Rival("transformers packed SDPA", "transformers", "sdpa, S × S mask", "intra_doc", step(plain)))
     return time_rivals(rivals, layout, rounds)
 
 
@@ -171,7 +173,7 @@ def check_parity(num_heads: int, head_dim: int, device: str, seed: int) -> float
         The largest error relative to the largest value.
 
     Raises:
-        RuntimeError: it is above 1e-4.
+        CheckError: it is above 1e-4.
     """
     generator = torch.Generator().manual_seed(seed)
     layout = PackedLayout.from_lengths([draw_lengths(PARITY_TOKENS - 1, 50, 300, seed)]).to(device)
@@ -188,7 +190,10 @@ def check_parity(num_heads: int, head_dim: int, device: str, seed: int) -> float
         for oracle, ours in zip(*results, strict=True):
             worst = max(worst, float((oracle - ours).abs().max() / oracle.abs().max()))
     if worst > PARITY_TOLERANCE:
-        raise RuntimeError(f"varlen must agree with the reference before it is timed, got an error of {worst:.1e}")
+        raise CheckError(
+            f"varlen must agree with the reference before it is timed, got an error of {worst:.1e}; "
+            "report this with the version of torch."
+        )
     return worst
 
 
@@ -213,8 +218,8 @@ def time_rivals(rivals: Sequence[Rival], layout: PackedLayout, rounds: int) -> l
             pattern=rival.pattern,
             seq_len=layout.seq_len,
             seconds=medians[rival.name],
-            fastest=min(seconds[rival.name][1:]),
-            slowest=max(seconds[rival.name][1:]),
+            fastest_s=min(seconds[rival.name][1:]),
+            slowest_s=max(seconds[rival.name][1:]),
             speedup=(speedup := medians[full_name] / medians[rival.name]),
             share_of_ideal=speedup * pairs[rival.pattern] / pairs["full"],
         )

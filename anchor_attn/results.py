@@ -1,7 +1,9 @@
 """Result files: a `meta` object that says where numbers come from, and flat records."""
 
 import csv
+import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -15,16 +17,20 @@ import torch
 PACKAGES = ("anchor-attn", "torch", "transformers", "datasets", "numpy")
 
 
+class CheckError(RuntimeError):
+    """A check of ours that did not hold: the command line ends with exit code 1."""
+
+
 def check_device(device: str) -> None:
-    """Raise unless torch has `device` here.
+    """Raise unless `device` is "cpu", or "cuda" where there is one.
 
     Raises:
-        ValueError: it has not.
+        ValueError: another name, or no CUDA device.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one that torch has here, got {device!r}; pass --device cpu.") from error
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}; choose a GPU with CUDA_VISIBLE_DEVICES.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be one that torch has here, got 'cuda' without a CUDA device; pass --device cpu.")
 
 
 def describe_environment(device: str) -> dict[str, Any]:
@@ -40,24 +46,33 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    _write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    """Write a JSON file whole or not at all; numbers that are not finite become null."""
+    _write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
     """Write one record a line, and `<name>.meta.json` beside it."""
-    _write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    _write_text(path, "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records))
     write_json(path.with_name(path.name + ".meta.json"), meta)
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
     """Write records of the same keys as CSV, and `<name>.meta.json` beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    _write_text(path, text.getvalue())
     write_json(path.with_name(path.name + ".meta.json"), meta)
+
+
+def _finite(content: Any) -> Any:
+    """The same content, None for every float that JSON cannot write: a run that diverged is still a result."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -77,10 +92,15 @@ def _processor() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout this code runs from, None for an ordinary install."""
-    here = Path(__file__).parent
-    asked = subprocess.run(
-        ["git", "rev-parse", "--show-toplevel", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
-    top, _, commit = asked.stdout.strip().partition("\n")
-    return commit if asked.returncode == 0 and Path(top) == here.parent else None
+    """The commit of the checkout this code runs from, "-dirty" behind it if changed; None for an ordinary install."""
+    here = Path(__file__).resolve().parent
+
+    def ask(*question: str) -> str:
+        return subprocess.run(["git", *question], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(ask("rev-parse", "--show-toplevel")) != here.parent:
+            return None
+        return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None

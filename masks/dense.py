@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from anchor_attn.masks.layout import ANCHOR_ID, PADDING_ID, PackedLayout
-from anchor_attn.masks.patterns import Pattern, check_pattern
+from anchor_attn.masks.patterns import Pattern, check_pattern, reach
 
 
 def dense_mask(
@@ -43,7 +43,7 @@ def dense_mask(
     padding_query = (ids == PADDING_ID)[:, :, None]
 
     distance = slots[:, None] - slots[None, :] if pattern == "full" else ranks[:, :, None] - ranks[:, None, :]
-    near = torch.ones_like(same) if sliding_window is None else distance < min(sliding_window, 2 * layout.seq_len)
+    near = distance < reach(layout, sliding_window)
     if pattern == "full":
         seen = near.expand_as(same)
     elif pattern == "intra_doc":

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from anchor_attn.masks.dense import dense_mask
 from anchor_attn.masks.layout import ANCHOR_ID, PADDING_ID, PackedLayout, checked_int
-from anchor_attn.masks.patterns import Pattern, check_pattern
+from anchor_attn.masks.patterns import MaskMod, Pattern, check_pattern, packed_mask_mod
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,17 +60,17 @@ def draw_mask(
     rows = layout.batch_size
     if not -rows <= checked_int(row, "row") < rows:
         raise ValueError(f"row must lie between {-rows} and {rows - 1}, got {row}; pass 0 for the first.")
-    one_row = PackedLayout.from_document_ids(layout.document_ids[row][None])
-    mask = dense_mask(one_row, pattern, sliding_window, keep_anchor)[0].cpu()
-    ids = one_row.document_ids[0].cpu()
+    one_row = PackedLayout.from_document_ids(layout.document_ids[row][None].cpu())
+    mask_mod = packed_mask_mod(one_row, pattern, sliding_window, keep_anchor)
+    ids = one_row.document_ids[0]
     if path is not None:
-        _write_png(mask, ids, pattern, Path(path))
-    return _text(mask, ids)
+        _write_png(mask_mod, ids, pattern, Path(path))
+    return _text(mask_mod, ids)
 
 
-def _text(mask: Tensor, ids: Tensor) -> str:
+def _text(mask_mod: MaskMod, ids: Tensor) -> str:
     tokens = -(-len(ids) // TEXT_CELLS)
-    share = _share_by_cell(mask, tokens)
+    share = _share_by_cell(mask_mod, len(ids), tokens)
     labels = [str(int(document_id)) for document_id in ids[::tokens]]
     width = max(map(len, labels))
     lines = [" ".join(["ids ", *(label.rjust(width) for label in labels)])]
@@ -82,37 +82,43 @@ def _text(mask: Tensor, ids: Tensor) -> str:
     return "\n".join(lines)
 
 
-def _share_by_cell(mask: Tensor, tokens: int) -> Tensor:
-    """The attended share of each cell's causal pairs, 0 … 1; square cells of `tokens`."""
-    side = -(-len(mask) // tokens)
-    padded = torch.zeros(2, side * tokens, side * tokens)
-    padded[0, : len(mask), : len(mask)] = mask
-    padded[1, : len(mask), : len(mask)] = torch.ones_like(mask).tril()
-    attended, causal = padded.view(2, side, tokens, side, tokens).sum(dim=(2, 4))
+def _share_by_cell(mask_mod: MaskMod, size: int, tokens: int) -> Tensor:
+    """The attended share of each cell's causal pairs, 0 … 1; square cells of `tokens`, the last may be smaller.
+
+    A strip of queries at a time: a long row never needs its whole S × S mask.
+    """
+    slots, zero = torch.arange(size), torch.tensor(0)
+    lengths = torch.tensor([len(strip) for strip in slots.split(tokens)])
+    side = len(lengths)
+    attended = torch.zeros(side, side)
+    for cell, queries in enumerate(slots.split(tokens)):
+        seen = mask_mod(zero, zero, queries[:, None], slots).sum(dim=0)
+        attended[cell] = F.pad(seen, (0, side * tokens - size)).view(side, tokens).sum(dim=1)
+    causal = torch.outer(lengths, lengths).tril(-1) + torch.diag(lengths * (lengths + 1) // 2)
     return attended / causal.clamp(min=1)
 
 
-def _write_png(mask: Tensor, ids: Tensor, pattern: str, path: Path) -> None:
+def _write_png(mask_mod: MaskMod, ids: Tensor, pattern: str, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
         raise ImportError("draw_mask needs matplotlib for a PNG; pip install 'anchor-attn[plots]'.") from missing
     figure = Figure(figsize=(5.4, 5.4), layout="constrained")
-    draw_mask_axes(figure.subplots(), mask, ids, pattern)
+    draw_mask_axes(figure.subplots(), mask_mod, ids, pattern)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-def draw_mask_axes(axes: "Axes", mask: Tensor, ids: Tensor, title: str) -> None:
-    """Draw a mask [S, S] into matplotlib axes: what is attended, what of it is the anchor, a bracket a document."""
+def draw_mask_axes(axes: "Axes", mask_mod: MaskMod, ids: Tensor, title: str) -> None:
+    """Draw one row's mask into matplotlib axes: what is attended, what of it is the anchor, a bracket a document."""
     from matplotlib.colors import LinearSegmentedColormap, ListedColormap
     from matplotlib.patches import Patch
 
     size = int((ids != PADDING_ID).sum()) or len(ids)
     anchors = int((ids == ANCHOR_ID).sum())
-    mask, ids = mask[:size, :size], ids[:size]
+    ids = ids[:size]
     tokens = -(-size // PICTURE_CELLS)
-    share = _share_by_cell(mask, tokens)
+    share = _share_by_cell(mask_mod, size, tokens)
     drawn = len(share) * tokens  # the last cell may reach past the row; the limits below cut it off
     future = torch.ones_like(share, dtype=torch.bool).triu(1)
     blues = LinearSegmentedColormap.from_list("attended", [UNSEEN, ATTENDED])
@@ -121,7 +127,9 @@ def draw_mask_axes(axes: "Axes", mask: Tensor, ids: Tensor, title: str) -> None:
     legend = [Patch(color=ATTENDED, label="attended"), Patch(color=UNSEEN, label="past, not attended")]
     if anchors:
         # Wider than to scale: one column of 400 is hardly a pixel. Only the queries that do see the anchor are marked.
-        column = torch.where(mask[:, :anchors], 1.0, torch.nan).numpy()
+        zero = torch.tensor(0)
+        seen = mask_mod(zero, zero, torch.arange(size)[:, None], torch.arange(anchors))
+        column = torch.where(seen, 1.0, torch.nan).numpy()
         extent = (0, max(anchors, size / 80), size, 0)
         axes.imshow(column, extent=extent, cmap=ListedColormap([ANCHOR]), interpolation="nearest")
         legend.insert(1, Patch(color=ANCHOR, label="attended anchor"))

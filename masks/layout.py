@@ -187,8 +187,7 @@ class PackedLayout:
         Raises:
             ValueError: an unknown policy.
         """
-        if policy not in POSITION_POLICIES:
-            raise ValueError(f"position policy must be one of {POSITION_POLICIES}, got {policy!r}; pass one of them.")
+        check_position_policy(policy)
         if policy == "reset":
             positions = self.document_ranks() + self.anchor_tokens
         else:
@@ -232,6 +231,12 @@ class PackedLayout:
         )
 
 
+def check_position_policy(policy: str) -> None:
+    """Raise a ValueError unless the policy is known."""
+    if policy not in POSITION_POLICIES:
+        raise ValueError(f"position_policy must be one of {POSITION_POLICIES}, got {policy!r}; pass one of them.")
+
+
 def _rows_of(lengths: Iterable[Iterable[int]]) -> list[Iterable[int]]:
     rows = list(lengths) if isinstance(lengths, Iterable) else [lengths]
     if not rows:
@@ -247,7 +252,7 @@ def _rows_of(lengths: Iterable[Iterable[int]]) -> list[Iterable[int]]:
 
 
 def _checked_row_lengths(row: Iterable[int], index: int) -> tuple[int, ...]:
-    lengths = tuple(checked_int(length, f"lengths[{index}]") for length in row)
+    lengths = tuple(checked_int(length, f"lengths[{index}][{place}]") for place, length in enumerate(row))
     for length in lengths:
         if length < 1:
             raise ValueError(
@@ -263,7 +268,7 @@ def checked_int(value: Any, name: str) -> int:
             return operator.index(value)
         except TypeError:
             pass  # said below, with the caller's own value
-    raise TypeError(f"{name} must hold integers, got {value!r}; pass token counts.")
+    raise TypeError(f"{name} must be an integer, got {value!r}; pass a whole number.")
 
 
 def _checked_anchor_tokens(anchor_tokens: int) -> int:

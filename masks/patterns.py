@@ -104,6 +104,12 @@ def attended_pairs(
     )
 
 
+def reach(layout: PackedLayout, sliding_window: int | None) -> int:
+    """A window in tokens that no distance in the layout exceeds: none at all, or one of 2^40, would overflow int32."""
+    widest = layout.seq_len + layout.anchor_tokens
+    return widest if sliding_window is None else min(int(sliding_window), widest)
+
+
 def _causal_pairs(tokens: int, window: int | None) -> int:
     """Pairs of a causal triangle of `tokens`, cut to the window."""
     reach = tokens if window is None else min(int(window), tokens)
@@ -160,7 +166,7 @@ def _interval_tables(
     anchor_start = torch.zeros_like(start)
     anchor_end = torch.where(sees_anchor, anchor_tokens, 0)
     if sliding_window is not None:
-        oldest = slots - min(sliding_window, seq_len + anchor_tokens) + 1
+        oldest = slots - reach(layout, sliding_window) + 1
         if pattern == "anchor" and keep_anchor:
             anchor_end = torch.where(padding, 0, anchor_tokens).expand_as(start)
         elif pattern == "anchor":
@@ -176,8 +182,7 @@ def _id_mask_mod(layout: PackedLayout, pattern: Pattern, sliding_window: int | N
     seq_len = layout.seq_len
     ids = layout.document_ids.flatten()
     ranks = layout.document_ranks().int().flatten()
-    widest = seq_len + layout.anchor_tokens  # no distance reaches it; a window of 2^31 would wrap round in int32
-    window = widest if sliding_window is None else min(sliding_window, widest)
+    window = reach(layout, sliding_window)
 
     def visible(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         query, key = b * seq_len + q_idx, b * seq_len + kv_idx

@@ -565,3 +565,12 @@ def test_the_anchor_pattern_without_an_anchor_raises(engine):
 def test_ids_in_place_of_a_layout_raise():
     with pytest.raises(TypeError, match=r"^layout must be a PackedLayout, got Tensor; make one with"):
         anchor_attention(*states_of(), LAYOUT.document_ids)
+
+
+@pytest.mark.parametrize("engine", ["reference", "varlen"])
+@pytest.mark.parametrize("seq_len", [12, 15], ids=["no padding", "padding"])
+def test_under_autocast_the_output_has_the_values_dtype_with_padding_and_without(engine, seq_len):
+    layout = PackedLayout.from_lengths([[6, 5]], seq_len=seq_len)
+    query, key, value = (torch.randn(1, 2, seq_len, 8) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert anchor_attention(query, key, value, layout, engine=engine).dtype == torch.float32

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from anchor_attn import bench
 from anchor_attn.masks import PackedLayout, attended_pairs
+from anchor_attn.results import CheckError
+from anchor_attn.train.presets import SIZES
 
 
 @given(st.integers(2_000, 40_000), st.integers(0, 5))
@@ -21,6 +23,12 @@ def test_lengths_that_cannot_add_up_are_refused():
         bench.draw_lengths(299, 300, 1400, 0)
 
 
+@pytest.mark.parametrize(("shortest", "longest"), [(0, 0), (0, 9), (9, 8)])
+def test_lengths_in_the_wrong_order_are_refused(shortest, longest):
+    with pytest.raises(ValueError, match="shortest and longest must be lengths in this order, got"):
+        bench.draw_lengths(1000, shortest, longest, 0)
+
+
 def test_parity_is_checked_before_anything_is_timed(monkeypatch):
     assert bench.check_parity(2, 16, "cpu", 0) < 1e-5
     right = bench.anchor_attention
@@ -30,7 +38,7 @@ def test_parity_is_checked_before_anything_is_timed(monkeypatch):
         return out * 1.001 if engine == "varlen" else out
 
     monkeypatch.setattr(bench, "anchor_attention", wrong)
-    with pytest.raises(RuntimeError, match="varlen must agree with the reference before it is timed, got an error"):
+    with pytest.raises(CheckError, match="varlen must agree with the reference before it is timed, got an error"):
         bench.bench_attention(PackedLayout.from_lengths([[300, 400]]), 2, 16, 1, "cpu", 0)
 
 
@@ -54,7 +62,7 @@ def test_rivals_alternate_and_ratios_are_to_full(monkeypatch):
     ]
     full, ours = bench.time_rivals(rivals, layout, 3)
     assert order == ["full", "ours"] * 4
-    assert (full.seconds, ours.seconds, ours.fastest, ours.slowest) == (4, 2, 1, 3)
+    assert (full.seconds, ours.seconds, ours.fastest_s, ours.slowest_s) == (4, 2, 1, 3)
     assert ours.speedup == 2
     pairs = [attended_pairs(layout, pattern)[0] for pattern in ("anchor", "full")]
     assert ours.share_of_ideal == pytest.approx(2 * pairs[0] / pairs[1])
@@ -62,7 +70,7 @@ def test_rivals_alternate_and_ratios_are_to_full(monkeypatch):
 
 def test_a_step_is_timed_for_every_pattern_and_for_transformers_own_packing():
     layout = PackedLayout.from_lengths([[40, 30, 20]])
-    timings = bench.bench_step(layout, bench.STEP_MODEL, 1, "cpu", 0)
+    timings = bench.bench_step(layout, SIZES["laptop"], 1, "cpu", 0)
     assert [timing.name for timing in timings] == [
         "wrapped full",
         "wrapped intra_doc",

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +11,12 @@ from transformers import set_seed
 
 from anchor_attn import wrap
 from anchor_attn.masks import attended_pairs
+from anchor_attn.train import ByteTokenizer, pack_documents, read_documents
 from anchor_attn.train import compare as compare_room
-from anchor_attn.train import pack_documents
 from anchor_attn.train import run as run_room
 from anchor_attn.train.compare import Comparison, Difference, Result, compare, paired_difference, unigram_loss
 from anchor_attn.train.presets import create_model
+from anchor_attn.train.report import findings
 from anchor_attn.train.run import Arm, RunSpec, TokenLosses, collator_of, measure_loss, run_arm
 
 ARMS = ["full", "intra_doc", "anchor", "intra_doc+reset", "intra_doc+bos", "anchor+reset+bos"]
@@ -81,7 +81,7 @@ def test_the_arms_start_from_the_same_weights_and_another_seed_from_others(rows,
 
     def note_weights(run, model, *_):
         weights[run.arm.name, run.seed] = torch.cat([p.detach().flatten() for p in model.parameters()])
-        return [{"step": 1, "loss": 1.0, "tokens": 1, "seconds": 1.0}]
+        return run_room.Training([{"step": 1, "loss": 1.0, "tokens": 1, "seconds": 1.0}], [1], [1])
 
     monkeypatch.setattr(run_room, "_train", note_weights)
     for name, seed in [("full", 0), ("anchor", 0), ("intra_doc+bos", 0), ("anchor", 1)]:
@@ -123,7 +123,7 @@ def test_the_measured_loss_is_the_mean_over_labelled_tokens_of_every_row(rows, s
     set_seed(0)
     model = create_model("tiny", 257, 512, 256).eval()
     wrap(model, "anchor")
-    measured = measure_loss(model, rows, collator_of(spec), spec)
+    measured = measure_loss(model, rows, collator_of(spec), spec.dtype)
     nats, tokens = 0.0, 0
     with torch.no_grad():
         for row in rows:
@@ -237,7 +237,9 @@ def test_another_seed_packs_the_rows_in_another_order(corpus, tmp_path, monkeypa
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"dtype": "float8"}, "dtype must be float32 or bfloat16, got 'float8'"),
         ({"engine": "flash"}, "engine must be one of"),
-        ({"device": "warp"}, "device must be one that torch has here, got 'warp'"),
+        ({"device": "warp"}, "device must be cpu or cuda, got 'warp'"),
+        ({"cut": "maybe"}, "cut must be one of"),
+        ({"model": "absent.json"}, "model must be a config file that exists"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_read(change, message, monkeypatch):
@@ -265,9 +267,48 @@ def test_a_model_is_a_size_a_config_or_a_checkpoint(tmp_path):
         create_model(str(tmp_path / "nowhere"), 257, 64, 256)
 
 
-def test_a_run_in_its_own_process_hands_its_record_or_its_error_back(spec, rows, held_out):
+def test_a_run_in_its_own_process_hands_its_record_back(spec, rows, held_out):
+    theirs = compare_room._run_in_own_process(replace(spec, steps=2), rows, rows, held_out)
+    ours = run_arm(replace(spec, steps=2), rows, rows, held_out)
+    assert theirs["held_out_loss"] == ours["held_out_loss"]
+
+
+def test_a_run_in_its_own_process_hands_its_error_back_in_one_line(spec, rows, held_out):
     with pytest.raises(ValueError, match="model must be a config file that exists"):
         compare_room._run_in_own_process(replace(spec, model="absent.json"), rows, rows, held_out)
+
+
+def test_rows_that_run_out_are_read_again_and_counted_as_they_were_read(spec, held_out):
+    rows = pack_documents(TEXTS, 128, max_rows=3)
+    record = run_arm(replace(spec, seq_len=128, batch_size=2, steps=4), rows, rows, held_out)
+    tokens = [sum(lengths) for lengths in rows.document_lengths]
+    steps = [tokens[0] + tokens[1], tokens[2], tokens[0] + tokens[1], tokens[2]]  # an epoch ends with what is left
+    assert [step["tokens"] for step in record["curve"]] == list(np.cumsum(steps))
+
+
+def test_a_diverged_run_is_a_result_that_says_so(corpus, tmp_path, inline):
+    settings = Comparison(
+        arms=("full", "anchor"), data=str(corpus), model="tiny", seq_len=128, steps=3, held_out_rows=1, out=tmp_path
+    )
+    result = compare(replace(settings, learning_rate=1e38))
+    assert any("Diverged" in sentence for sentence in findings(result))
+    assert "nothing can be said" in str(result.differences()[0])
+    assert [r["held_out_loss"] for r in json.loads((tmp_path / "results.json").read_text())["records"]] == [None, None]
+
+
+def test_a_document_without_tokens_shifts_no_other_in_the_held_out_rows(tmp_path):
+    class DropsX(ByteTokenizer):
+        def encode(self, texts):
+            return super().encode([text.replace("x", "") for text in texts])
+
+    path = tmp_path / "corpus.jsonl"
+    texts = ["xxx", *(f"text {i} of some length" for i in range(8))]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    held = compare_room._hold_out(read_documents(path), Comparison(seq_len=64, held_out_rows=9), DropsX())
+    assert len(held.alone) == 8
+    assert held.documents == 9
+    packed = [tuple(row["input_ids"][1:]) for row in held.packed]
+    assert [token for row in held.alone for token in row["input_ids"][1:]] == [t for row in packed for t in row]
 
 
 def test_result_keeps_the_order_of_arms():
@@ -275,4 +316,3 @@ def test_result_keeps_the_order_of_arms():
     result = Result({}, records, None)
     assert result.arms == ["full", "anchor"]
     assert len(result.of_arm("full")) == 2
-    assert Path("runs/compare") == Comparison().out

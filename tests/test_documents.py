@@ -10,7 +10,8 @@ from datasets import Dataset, Features, Image, IterableDataset, Value
 
 from anchor_attn.train import read_documents
 from anchor_attn.train.documents import text_fault, tokens_fault
-from anchor_attn.train.embedded import Found, Skipped, read_stdlib, read_stdlib_files
+from anchor_attn.train.embedded import read_stdlib, read_stdlib_files
+from anchor_attn.train.items import Found, Skipped
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def test_a_row_that_the_batch_does_not_have_is_refused_in_one_line(row):
 
 @pytest.mark.parametrize("row", [0.5, True, "0"], ids=repr)
 def test_a_row_that_is_no_integer_is_refused_in_one_line(row):
-    with pytest.raises(TypeError, match=f"^row must hold integers, got {row!r}; pass token counts\\.$"):
+    with pytest.raises(TypeError, match=f"^row must be an integer, got {row!r}; pass a whole number\\.$"):
         draw_mask(PackedLayout.from_lengths([[3], [1, 2]]), row=row)
 
 
@@ -162,7 +162,7 @@ def test_odd_rows_have_a_picture_too(tmp_path, layout):
 
 def axes_of(layout, pattern):
     axes = Figure().subplots()
-    draw.draw_mask_axes(axes, dense_mask(layout, pattern)[0], layout.document_ids[0], pattern)
+    draw.draw_mask_axes(axes, patterns.packed_mask_mod(layout, pattern), layout.document_ids[0], pattern)
     return axes
 
 

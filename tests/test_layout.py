@@ -496,15 +496,27 @@ BAD_LENGTHS = {
     "nested-twice": (
         TypeError,
         {"lengths": [[4], [[3]]]},
-        "lengths[1] must hold integers, got [3]; pass token counts.",
+        "lengths[1][0] must be an integer, got [3]; pass a whole number.",
     ),
-    "float-length": (TypeError, {"lengths": [[3.0]]}, "lengths[0] must hold integers, got 3.0; pass token counts."),
-    "bool-length": (TypeError, {"lengths": [[True]]}, "lengths[0] must hold integers, got True; pass token counts."),
-    "string-length": (TypeError, {"lengths": [["3"]]}, "lengths[0] must hold integers, got '3'; pass token counts."),
+    "float-length": (
+        TypeError,
+        {"lengths": [[3.0]]},
+        "lengths[0][0] must be an integer, got 3.0; pass a whole number.",
+    ),
+    "bool-length": (
+        TypeError,
+        {"lengths": [[True]]},
+        "lengths[0][0] must be an integer, got True; pass a whole number.",
+    ),
+    "string-length": (
+        TypeError,
+        {"lengths": [["3"]]},
+        "lengths[0][0] must be an integer, got '3'; pass a whole number.",
+    ),
     "float-tensor": (
         TypeError,
         {"lengths": torch.tensor([[3.0]])},
-        "lengths[0] must hold integers, got tensor(3.); pass token counts.",
+        "lengths[0][0] must be an integer, got tensor(3.); pass a whole number.",
     ),
     "negative-length": (
         ValueError,
@@ -541,7 +553,7 @@ BAD_LENGTHS = {
     "float-seq-len": (
         TypeError,
         {"lengths": [[3]], "seq_len": 8.0},
-        "seq_len must hold integers, got 8.0; pass token counts.",
+        "seq_len must be an integer, got 8.0; pass a whole number.",
     ),
     "negative-anchor": (
         ValueError,
@@ -551,7 +563,7 @@ BAD_LENGTHS = {
     "bool-anchor": (
         TypeError,
         {"lengths": [[3]], "anchor_tokens": True},
-        "anchor_tokens must hold integers, got True; pass token counts.",
+        "anchor_tokens must be an integer, got True; pass a whole number.",
     ),
 }
 
@@ -568,6 +580,6 @@ def test_lengths_that_just_fill_the_row_are_legal():
 
 @pytest.mark.parametrize("policy", ["restart", None, "Reset"], ids=str)
 def test_an_unknown_position_policy_is_refused_in_one_line(policy):
-    message = f"position policy must be one of ('continuous', 'reset'), got {policy!r}; pass one of them."
+    message = f"position_policy must be one of ('continuous', 'reset'), got {policy!r}; pass one of them."
     with pytest.raises(ValueError, match=one_line(message)):
         PackedLayout.from_lengths([[3]]).position_ids(policy)

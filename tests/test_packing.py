@@ -176,7 +176,7 @@ def test_the_report_reads_in_four_lines_and_goes_to_json():
     assert str(report) == (
         "3 documents, 12 tokens -> 2 rows of 6, 0 slots padded\n"
         "tokens a document: 2 min, 3 / 4 / 5 quartiles, 6 max, 4.0 mean\n"
-        "0 continued in the next row; dropped 2 tokens of 2 documents; unread 0 tokens, 0 whole documents; "
+        "0 rows open with the rest of a document; dropped 2 tokens of 2 documents; unread 0 tokens, 0 whole documents; "
         "1 empty documents"
     )
     assert asdict(report)["document_lengths"] == {

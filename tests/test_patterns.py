@@ -394,7 +394,7 @@ def test_a_window_below_one_is_refused_in_one_line(entry, window):
 @every_entry
 @pytest.mark.parametrize("window", [2.5, True, "2"], ids=repr)
 def test_a_window_that_is_no_integer_is_refused_in_one_line(entry, window):
-    message = f"sliding_window must hold integers, got {window!r}; pass token counts."
+    message = f"sliding_window must be an integer, got {window!r}; pass a whole number."
     with pytest.raises(TypeError, match=one_line(message)):
         entry(CONTIGUOUS, "anchor", sliding_window=window)
 

@@ -1,6 +1,7 @@
 """The report says what the records say, opens without a network, and never claims more than an interval allows."""
 
 import base64
+import json
 import re
 from dataclasses import asdict
 
@@ -28,6 +29,8 @@ def record(arm, seed):
         "loss": loss,
         "held_out_loss": loss,
         "held_out_loss_packed": loss,
+        "held_out_loss_as_trained": loss,
+        "pairs_of_full": {"full": 1.0, "anchor": 0.25}[arm],
         "held_out_loss_by_position": [
             {"first_position": 0, "tokens": 5, "loss": loss},
             {"first_position": 64, "tokens": 5, "loss": loss - 0.1},
@@ -50,7 +53,7 @@ def result_of(seeds):
         "dtype": "float32",
         "seeds": list(range(seeds)),
         "corpus": {"source": "a & b", "corpus_hash": "ff", "documents": 40, "skipped": {"too short": 3}},
-        "held_out": {"documents": 4, "of_documents": 9, "packed_rows": 1, "cut_to_seq_len": 0},
+        "held_out": {"documents": 4, "of_documents": 9, "packed_rows": 1, "cut_documents": 0},
         "packing": asdict(rows.report),
         "unigram_loss": 3.0,
     }
@@ -117,9 +120,11 @@ def test_result_files_come_with_their_meta_and_never_half_written(tmp_path):
     path = tmp_path / "new" / "results.json"
     write_json(path, {"meta": {}, "records": []})
     before = path.read_text()
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"loss": float("nan")})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(path, {"loss": object()})
     assert path.read_text() == before
+    write_json(path, {"loss": float("nan"), "losses": (1.5, float("inf"))})
+    assert json.loads(path.read_text()) == {"loss": None, "losses": [1.5, None]}
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
     write_jsonl(tmp_path / "losses.jsonl", [{"step": 1}, {"step": 2}], {"seed": 0})
     write_csv(tmp_path / "bench.csv", [{"name": "a", "seconds": 0.5}], {"seed": 0})

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from anchor_attn import PackedLayout, unwrap, wrap
 from anchor_attn.attention import anchor_attention
 from anchor_attn.engines import reference, varlen
-from anchor_attn.hf import forward, proof, wrapping
+from anchor_attn.hf import forward, proof, settings, wrapping
 
 LAYOUT = PackedLayout.from_lengths([[7, 5, 1], [4, 6]], seq_len=15)
 TOKENS = torch.randint(3, VOCAB_SIZE, LAYOUT.document_ids.shape, generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ def state_of(model):
     """All that `wrap` touches: implementations, module attributes, hooks, training flags and weights' names."""
     return {
         "implementations": [
-            config._attn_implementation for m in model.modules() for config in wrapping._configs_of(m).values()
+            config._attn_implementation for m in model.modules() for config in settings.configs_of(m).values()
         ],
         "attributes": [sorted(vars(module)) for module in model.modules()],
         "hooks": [
@@ -79,7 +79,7 @@ def test_models_of_one_config_keep_their_own_patterns_and_the_third_stays_plain(
     # From one config object, as transformers hands it on.
     for model in (first, second, third):
         for module in model.modules():
-            for name in wrapping._configs_of(module):
+            for name in settings.configs_of(module):
                 setattr(module, name, config)
     before = logits_of(third)
     wrap(first, "anchor")
@@ -88,9 +88,9 @@ def test_models_of_one_config_keep_their_own_patterns_and_the_third_stays_plain(
     assert torch.equal(logits_of(third), before)
     assert config._attn_implementation == third.config._attn_implementation == "sdpa"
     assert not wrapping.is_wrapped(third)
-    assert {settings.pattern for settings in wrapping.holders(first).values()} == {"anchor"}
-    assert {settings.pattern for settings in wrapping.holders(second).values()} == {"intra_doc"}
-    assert {settings.engine for settings in wrapping.holders(second).values()} == {"reference"}
+    assert {settings.pattern for settings in settings.holders(first).values()} == {"anchor"}
+    assert {settings.pattern for settings in settings.holders(second).values()} == {"intra_doc"}
+    assert {settings.engine for settings in settings.holders(second).values()} == {"reference"}
     anchor, intra_doc = (logits_of(model, document_ids=LAYOUT) for model in (first, second))
     second_documents = LAYOUT.document_ids == 2
     assert (anchor - intra_doc)[second_documents].abs().min() > 0
@@ -98,7 +98,7 @@ def test_models_of_one_config_keep_their_own_patterns_and_the_third_stays_plain(
 
 
 def test_one_config_serves_all_submodules_of_a_wrapped_model(wrapped):
-    configs = {id(config) for module in wrapped.modules() for config in wrapping._configs_of(module).values()}
+    configs = {id(config) for module in wrapped.modules() for config in settings.configs_of(module).values()}
 
     assert configs == {id(wrapped.config)}
 
@@ -133,7 +133,7 @@ def test_wrapping_again_changes_the_settings_and_nothing_else(plain):
 
     assert state_of(plain) == once
     assert torch.equal(logits_of(plain, document_ids=LAYOUT), intra_doc)
-    assert {settings.previous for settings in wrapping.holders(plain).values()} == {"sdpa"}
+    assert {settings.previous for settings in settings.holders(plain).values()} == {"sdpa"}
     assert state_of(unwrap(plain)) == before
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anchor_attn.masks import PackedLayout
-from anchor_attn.masks.layout import ANCHOR_ID, PADDING_ID, POSITION_POLICIES, PositionPolicy
+from anchor_attn.masks.layout import ANCHOR_ID, PADDING_ID, PositionPolicy, check_position_policy
 
 IGNORED = -100
 
@@ -50,10 +50,7 @@ class PackedCollator:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        if self.position_policy not in POSITION_POLICIES:
-            raise ValueError(
-                f"position_policy must be one of {POSITION_POLICIES}, got {self.position_policy!r}; pass one of them."
-            )
+        check_position_policy(self.position_policy)
         if self.anchor_tokens < 0:
             raise ValueError(
                 f"anchor_tokens must be at least 0, got {self.anchor_tokens}; pass the one the rows were packed with."

@@ -4,10 +4,11 @@ documents ─ split by file ─┬─ packed by seed ─ one process an arm and 
                            └─ held out: alone behind the anchor, and packed
 """
 
+import math
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,10 +18,10 @@ import numpy as np
 
 from anchor_attn.attention import Engine, choose_engine
 from anchor_attn.masks.layout import PackedLayout
-from anchor_attn.results import check_device, describe_environment, write_json, write_jsonl
+from anchor_attn.results import CheckError, check_device, describe_environment, write_json, write_jsonl
 from anchor_attn.train.documents import Documents, read_documents
-from anchor_attn.train.packing import Cut, PackedRows, pack_documents
-from anchor_attn.train.presets import SIZES
+from anchor_attn.train.packing import CUTS, Cut, PackedRows, pack_documents
+from anchor_attn.train.presets import SIZES, check_model
 from anchor_attn.train.run import Arm, RunSpec, run_arm
 from anchor_attn.train.tokenizers import Tokenizer, load_tokenizer
 
@@ -67,7 +68,7 @@ class Comparison:
     engine: Engine = "auto"
     device: str = "cpu"
     dtype: str = "float32"
-    out: Path = field(default=Path("runs/compare"))
+    out: Path = Path("runs/compare")
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,11 @@ class Difference:
     """How two arms differ on one measure, seed by seed.
 
     Attributes:
-        first: an arm; `second`: the other.
+        first: an arm.
+        second: another arm.
         mean: of first minus second over the seeds.
-        low: of the 95 % interval, paired t; None below three seeds. `high`: its other end.
+        low: lower end of the 95 % interval, paired t; None below three seeds.
+        high: its upper end.
     """
 
     first: str
@@ -87,6 +90,8 @@ class Difference:
     high: float | None
 
     def __str__(self) -> str:
+        if not math.isfinite(self.mean):
+            return f"{self.first} − {self.second}: a run diverged, nothing can be said"
         text = f"{self.first} − {self.second}: {self.mean:+.4f} nats"
         if self.low is None or self.high is None:
             return f"{text} (no interval below {SEEDS_FOR_AN_INTERVAL} seeds)"
@@ -129,7 +134,7 @@ def paired_difference(first: str, second: str, ours: Sequence[float], theirs: Se
     """First minus second over paired seeds, with a 95 % paired t interval from three seeds on."""
     differences = np.subtract(ours, theirs)
     mean = float(differences.mean())
-    if len(differences) < SEEDS_FOR_AN_INTERVAL:
+    if len(differences) < SEEDS_FOR_AN_INTERVAL or not math.isfinite(mean):
         return Difference(first, second, mean, None, None)
     if np.ptp(differences) == 0:  # no spread, and the t interval is that point
         return Difference(first, second, mean, mean, mean)
@@ -151,10 +156,10 @@ def compare(settings: Comparison, say: Callable[[str], None] = lambda _: None) -
 
     Raises:
         ValueError: a setting, a source or a model that cannot be used.
-        RuntimeError: a run that died.
+        CheckError: a run that died.
     """
     arms = [Arm.parse(name) for name in settings.arms]
-    _check(settings, arms)
+    _check(settings)
     documents = read_documents(settings.data, text_column=settings.text_column)
     say(f"{documents.source}: {len(documents):,} documents, {len(documents.skipped):,} left out")
     for reason, count in documents.skipped_by_reason.items():
@@ -162,50 +167,53 @@ def compare(settings: Comparison, say: Callable[[str], None] = lambda _: None) -
         say(f"  {count:,} {reason}: {', '.join(names[:NAMED])}{', …' if count > NAMED else ''}")
     train, held_out = documents.split_by_file(HELD_OUT_SHARE)
     tokenizer = load_tokenizer(settings.tokenizer or _tokenizer_of(settings.model))
-    packed, alone = _hold_out(held_out, settings, tokenizer)
-    records: list[dict[str, Any]] = []
-    meta: dict[str, Any] = {}
-    example: PackedLayout | None = None
-    for seed in settings.seeds:
-        rows = pack_documents(
-            train,
-            settings.seq_len,
-            tokenizer=tokenizer,
-            cut=settings.cut,
-            shuffle_seed=seed,
-            max_rows=settings.steps * settings.batch_size,
+    held = _hold_out(held_out, settings, tokenizer)
+
+    def pack(seed: int) -> PackedRows:
+        rows = settings.steps * settings.batch_size
+        return pack_documents(
+            train, settings.seq_len, tokenizer=tokenizer, cut=settings.cut, shuffle_seed=seed, max_rows=rows
         )
-        if not meta:
-            meta = _meta(settings, documents, held_out, rows, packed, alone)
-            say(str(rows.report))
-            example = PackedLayout.from_lengths([rows[0]["document_lengths"]])
-        for arm in arms:
+
+    first_rows = pack(settings.seeds[0])
+    say(str(first_rows.report))
+    meta = _meta(settings, documents, first_rows, held)
+    records: list[dict[str, Any]] = []
+    names_of_arms = [arm.name for arm in arms]
+    for turn, seed in enumerate(settings.seeds):
+        rows = pack(seed) if turn else first_rows
+        # Each seed begins with another arm: none always meets the coldest machine.
+        for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
             say(f"{arm.name}, seed {seed}: {settings.steps} steps of {settings.batch_size} × {settings.seq_len:,}")
-            spec = RunSpec(
-                arm=arm,
-                seed=seed,
-                model=settings.model,
-                vocab_size=tokenizer.vocab_size,
-                anchor_token_id=tokenizer.anchor_token_id,
-                seq_len=settings.seq_len,
-                steps=settings.steps,
-                batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
-                engine=settings.engine,
-                device=settings.device,
-                dtype=settings.dtype,
-                out=settings.out / "runs" / f"{arm.name}-seed{seed}",
-            )
-            record = _run_in_own_process(spec, rows, packed, alone)
+            spec = _spec(settings, arm, seed, tokenizer)
+            record = _run_in_own_process(spec, rows, held.packed, held.alone)
             write_jsonl(spec.out / "losses.jsonl", record["curve"], meta)
             records.append(record)
-    flat = [{key: value for key, value in record.items() if key != "curve"} for record in records]
-    write_json(settings.out / "results.json", {"meta": meta, "records": flat})
-    assert example is not None  # noqa: S101  # at least one seed was checked above
-    return Result(meta, records, example)
+            records.sort(key=lambda record: (record["seed"], names_of_arms.index(record["arm"])))
+            flat = [{key: value for key, value in record.items() if key != "curve"} for record in records]
+            write_json(settings.out / "results.json", {"meta": meta, "records": flat})
+    return Result(meta, records, PackedLayout.from_lengths([first_rows[0]["document_lengths"]]))
 
 
-def _check(settings: Comparison, arms: Sequence[Arm]) -> None:
+def _spec(settings: Comparison, arm: Arm, seed: int, tokenizer: Tokenizer) -> RunSpec:
+    return RunSpec(
+        arm=arm,
+        seed=seed,
+        model=settings.model,
+        vocab_size=tokenizer.vocab_size,
+        anchor_token_id=tokenizer.anchor_token_id,
+        seq_len=settings.seq_len,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        engine=settings.engine,
+        device=settings.device,
+        dtype=settings.dtype,
+        out=settings.out / "runs" / f"{arm.name}-seed{seed}",
+    )
+
+
+def _check(settings: Comparison) -> None:
     """Raise for settings that no run could use, before anything is read."""
     for name, values in (("arms", settings.arms), ("seeds", settings.seeds)):
         if not values:
@@ -219,6 +227,9 @@ def _check(settings: Comparison, arms: Sequence[Arm]) -> None:
         raise ValueError(f"learning_rate must be positive, got {settings.learning_rate}; pass 3e-3, say.")
     if settings.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, got {settings.dtype!r}; pass one of them.")
+    if settings.cut not in CUTS:
+        raise ValueError(f"cut must be one of {CUTS}, got {settings.cut!r}; pass one of them.")
+    check_model(settings.model)
     choose_engine(settings.engine)
     check_device(settings.device)
 
@@ -227,20 +238,37 @@ def _tokenizer_of(model: str) -> str:
     return "bytes" if model in SIZES or model.endswith(".json") else model
 
 
-def _hold_out(
-    held_out: Documents, settings: Comparison, tokenizer: Tokenizer
-) -> tuple[PackedRows, list[dict[str, Any]]]:
-    """Held-out documents packed as in training, and the same documents a row each, cut to seq_len."""
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out documents to measure on.
+
+    Attributes:
+        documents: how many were held out; `alone` holds those of them that `packed` does.
+        packed: as in training.
+        alone: the same documents, a row each.
+        cut_documents: documents longer than a row, and measured up to its end.
+    """
+
+    documents: int
+    packed: PackedRows
+    alone: list[dict[str, Any]]
+    cut_documents: int
+
+
+def _hold_out(held_out: Documents, settings: Comparison, tokenizer: Tokenizer) -> HeldOut:
     documents = held_out.dataset.shuffle(seed=0)
-    packed = pack_documents(
-        documents, settings.seq_len, tokenizer=tokenizer, cut=settings.cut, max_rows=settings.held_out_rows
-    )
+    seq_len, rows = settings.seq_len, settings.held_out_rows
+    packed = pack_documents(documents, seq_len, tokenizer=tokenizer, cut=settings.cut, max_rows=rows)
+    empty = set(packed.report.empty_documents)
     read = packed.report.documents - packed.report.unread_documents
-    alone = [
-        pack_documents([row], settings.seq_len, tokenizer=tokenizer, cut="drop")[0]
-        for row in documents.select(range(read))
-    ]
-    return packed, alone
+    singles: list[PackedRows] = []
+    for row in documents:
+        if len(singles) == read:
+            break
+        if row["name"] not in empty:
+            singles.append(pack_documents([row], seq_len, tokenizer=tokenizer, cut="drop"))
+    cut_documents = sum(single.report.dropped_documents for single in singles)
+    return HeldOut(len(held_out), packed, [single[0] for single in singles], cut_documents)
 
 
 def _run_in_own_process(
@@ -256,12 +284,14 @@ def _run_in_own_process(
         outcome = receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(
-            f"arm {spec.arm.name} of seed {spec.seed} died with exit code {process.exitcode}; its words stand above."
+        raise CheckError(
+            f"arm {spec.arm.name} of seed {spec.seed} must run to its end, got exit code {process.exitcode}; "
+            "see what it said above."
         ) from None
+    except BaseException:
+        process.terminate()
+        raise
     finally:
-        if process.exitcode is None and sys.exc_info()[0] is KeyboardInterrupt:
-            process.terminate()
         process.join()
     if isinstance(outcome, Exception):
         raise outcome
@@ -273,20 +303,13 @@ def _child(
 ) -> None:
     try:
         sender.send(run_arm(spec, rows, packed, alone))
-    except (ValueError, TypeError, ImportError) as error:  # the caller's to mend: one line there, no traceback here
-        sender.send(type(error)(str(error)))
+    except (ValueError, TypeError, ImportError, OSError) as error:  # the caller's to mend: one line there
+        sender.send(ValueError(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _meta(
-    settings: Comparison,
-    documents: Documents,
-    held_out: Documents,
-    rows: PackedRows,
-    packed: PackedRows,
-    alone: list[dict[str, Any]],
-) -> dict[str, Any]:
+def _meta(settings: Comparison, documents: Documents, rows: PackedRows, held: HeldOut) -> dict[str, Any]:
     return {
         **describe_environment(settings.device),
         "settings": {**asdict(settings), "out": str(settings.out)},
@@ -296,14 +319,14 @@ def _meta(
         "corpus_hash": documents.corpus_hash,
         "tokenizer": rows.tokenizer.name,
         "held_out": {
-            "documents": len(alone),
-            "of_documents": len(held_out),
-            "packed_rows": len(packed),
-            "cut_to_seq_len": sum(len(row["input_ids"]) == settings.seq_len for row in alone),
+            "documents": len(held.alone),
+            "of_documents": held.documents,
+            "packed_rows": len(held.packed),
+            "cut_documents": held.cut_documents,
         },
         "packing": asdict(rows.report),
         "document_lengths": asdict(rows.report.document_lengths),
-        "unigram_loss": unigram_loss(rows, alone),
+        "unigram_loss": unigram_loss(rows, held.alone),
     }
 
 

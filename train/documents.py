@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anchor_attn.train.embedded import Found, Skipped, read_stdlib, read_stdlib_files
-from anchor_attn.train.sources import TOKENS, read_hub, read_path
+from anchor_attn.train.embedded import read_stdlib, read_stdlib_files
+from anchor_attn.train.items import TOKENS, Found, Skipped
+from anchor_attn.train.sources import read_hub, read_path
 
 if TYPE_CHECKING:
     from datasets import Dataset

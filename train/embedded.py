@@ -7,26 +7,12 @@ import warnings
 from collections.abc import Iterator
 from importlib.util import decode_source
 from pathlib import Path
-from typing import NamedTuple
+
+from anchor_attn.train.items import Found, Skipped
 
 MIN_BYTES = 200
 MAX_BYTES = 2_000
 NOT_STDLIB = frozenset({"site-packages", "dist-packages"})
-
-
-class Found(NamedTuple):
-    """What one place of a source holds: a text, or a row of columns that may hold one."""
-
-    name: str
-    file: str
-    content: object
-
-
-class Skipped(NamedTuple):
-    """What is left out, and why."""
-
-    name: str
-    reason: str
 
 
 def read_stdlib(root: Path | None = None) -> Iterator[Found | Skipped]:

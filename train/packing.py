@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from anchor_attn.train.documents import TOKENS
+from anchor_attn.train.items import TOKENS
 from anchor_attn.train.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class PackingReport:
             f"{self.padded_tokens:,} slots padded\n"
             f"tokens a document: {lengths.min:,} min, {lengths.lower_quartile:,.0f} / {lengths.median:,.0f} / "
             f"{lengths.upper_quartile:,.0f} quartiles, {lengths.max:,} max, {lengths.mean:,.1f} mean\n"
-            f"{self.continued:,} continued in the next row; dropped {self.dropped_tokens:,} tokens of "
+            f"{self.continued:,} rows open with the rest of a document; dropped {self.dropped_tokens:,} tokens of "
             f"{self.dropped_documents:,} documents; unread {self.unread_tokens:,} tokens, "
             f"{self.unread_documents:,} whole documents; {len(self.empty_documents):,} empty documents"
         )
@@ -180,6 +180,7 @@ def pack_documents(
     document_ends = lengths.cumsum()
     tokens = _checked_tokens(np.concatenate([ids for _, ids in named]), named, document_ends, tokenizer)
     rows = _rows(document_ends, room, cut, max_rows)
+    tokens = tokens[: rows.ends[-1]]  # what no row reads need not travel with them
     report = _report(rows, lengths, document_ends, seq_len, anchor_tokens, cut, empty)
     return PackedRows(tokens, rows, tokenizer, report)
 

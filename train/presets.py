@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anchor_attn.train.items import one_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -29,6 +31,16 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
 }
+
+
+def check_model(name: str) -> None:
+    """Raise for what cannot be a model before anything is read; a checkpoint's name is only known when it loads.
+
+    Raises:
+        ValueError: a config file that does not exist or does not read.
+    """
+    if name not in SIZES and name.endswith(".json"):
+        _read_config(name)
 
 
 def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id: int) -> "PreTrainedModel":
@@ -65,7 +77,7 @@ def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model must be one of {', '.join(SIZES)}, a config file (*.json), or a checkpoint's name or folder, "
-            f"got {name!r}; {str(error).splitlines()[0]}"
+            f"got {name!r} ({one_line(error)}); check the name, its files and the network."
         ) from error
     if model.config.vocab_size < vocab_size:
         raise ValueError(
@@ -84,6 +96,6 @@ def _read_config(path: str) -> "PreTrainedConfig":
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"model must be a readable transformers config with a known model_type, got {path!r}; "
-            f"{str(error).splitlines()[0]}"
+            f"model must be a readable transformers config with a known model_type, got {path!r} "
+            f"({one_line(error)}); mend the file."
         ) from error

@@ -1,6 +1,7 @@
 """What a comparison says: a table for the terminal, pictures, and one HTML page."""
 
 import json
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anchor_attn.masks import dense_mask
+from anchor_attn.masks import packed_mask_mod
 from anchor_attn.page import Page
 from anchor_attn.train.run import WARM_UP_STEPS, Arm
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from anchor_attn.train.compare import Result
 
 HEADER = ("arm", "pairs", "step s", "of full", "tokens/s", "loss", "held-out", "packed", "peak MB")
+LOSSES = ("loss", "held_out_loss", "held_out_loss_packed")
 SMOOTHING_STEPS = 10
 
 
@@ -31,12 +33,11 @@ def table_rows(result: "Result") -> list[list[str]]:
         rows.append(
             [
                 arm,
-                f"{100 * records[0]['attended_pairs'] / _full_pairs(result):.0f} %",
+                f"{100 * np.mean([record['pairs_of_full'] for record in records]):.0f} %",
                 f"{step_s:.2f}",
                 f"{100 * step_s / base:.0f} %" if base else "–",
                 f"{np.median([record['tokens_per_s'] for record in records]):,.0f}",
-                *(_mean_and_spread([r[key] for r in records]) for key in ("loss", "held_out_loss")),
-                _mean_and_spread([record["held_out_loss_packed"] for record in records]),
+                *(_mean_and_spread([record[key] for record in records]) for key in LOSSES),
                 f"{max(record['peak_bytes'] for record in records) / 2**20:,.0f}",
             ]
         )
@@ -46,13 +47,28 @@ def table_rows(result: "Result") -> list[list[str]]:
 def findings(result: "Result") -> list[str]:
     """What may be said, one sentence each; "no difference seen" where an interval includes zero."""
     unigram = result.meta["unigram_loss"]
-    best = min(record["held_out_loss"] for record in result.records)
-    worst = max(record["held_out_loss"] for record in result.records)
-    learned = "all arms learned" if worst < unigram else "not every arm learned more than token frequencies"
-    sentences = [
-        f"Held-out loss {best:.3f} … {worst:.3f} nats a token; token frequencies alone give {unigram:.3f}: {learned}.",
-        *(f"Held-out: {difference}." for difference in result.differences()),
-    ]
+    losses = [record["held_out_loss"] for record in result.records]
+    diverged = [f"{record['arm']} of seed {record['seed']}" for record, loss in zip(result.records, losses, strict=True)
+                if not math.isfinite(loss)]  # fmt: skip
+    if diverged:
+        sentences = [f"Diverged, its loss is no number: {', '.join(diverged)}."]
+    else:
+        learned = "all arms learned" if max(losses) < unigram else "not every arm learned more than token frequencies"
+        sentences = [
+            f"Held-out loss {min(losses):.3f} … {max(losses):.3f} nats a token; token frequencies alone give "
+            f"{unigram:.3f}: {learned}."
+        ]
+    differences = result.differences()
+    sentences += [f"Held-out: {difference}." for difference in differences]
+    if len(differences) > 1 and differences[0].low is not None:
+        sentences.append(f"{len(differences)} pairs, each at 95 % by itself: one in twenty errs by chance.")
+    for arm in result.arms:
+        as_trained = float(np.mean([record["held_out_loss_as_trained"] for record in result.of_arm(arm)]))
+        if Arm.parse(arm).pattern == "intra_doc":
+            sentences.append(
+                f"{arm} meets the anchor in the held-out loss for the first time; the same documents under its own "
+                f"mask, which does not show it, give {as_trained:.3f}."
+            )
     if len(result.meta["seeds"]) == 1:
         sentences.append("One seed: differences in loss may be chance. Pass --seeds 3 or more for an interval.")
     return sentences
@@ -113,24 +129,18 @@ def _write_provenance(page: Page, meta: dict[str, Any]) -> None:
             f"Corpus {corpus['source']} ({corpus['corpus_hash']}): {corpus['documents']:,} documents; "
             f"left out: {skipped}.",
             f"Packing ({packing['cut']}): {packing['rows']:,} rows of {packing['seq_len']:,} tokens from "
-            f"{packing['packed_tokens']:,} document tokens; {packing['continued']:,} documents continued in the next "
-            f"row, {packing['dropped_tokens']:,} tokens dropped, {packing['padded_tokens']:,} slots padded, "
+            f"{packing['packed_tokens']:,} document tokens; {packing['continued']:,} rows open with the rest of a "
+            f"document, {packing['dropped_tokens']:,} tokens dropped, {packing['padded_tokens']:,} slots padded, "
             f"{packing['unread_tokens']:,} tokens not needed.",
             f"Tokens a document: {lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,.0f}, "
             f"mean {lengths['mean']:,.0f}.",
             f"Held out by file: {meta['held_out']['documents']:,} of {meta['held_out']['of_documents']:,} documents "
-            f"measured, {meta['held_out']['cut_to_seq_len']:,} cut to the row.",
+            f"measured, {meta['held_out']['cut_documents']:,} cut to the row.",
         ]
     )
     versions = ", ".join(f"{package} {number}" for package, number in meta["versions"].items())
     page.code(f"{versions}\ncommit {meta['git_commit'] or 'unknown (ordinary install)'}")
     page.code(json.dumps(meta["settings"], indent=1))
-
-
-def _full_pairs(result: "Result") -> float:
-    """Pairs of a row of S tokens under plain causal attention."""
-    seq_len = result.meta["settings"]["seq_len"]
-    return seq_len * (seq_len + 1) / 2
 
 
 def _time_base(result: "Result") -> float | None:
@@ -167,7 +177,7 @@ def _draw_masks(result: "Result") -> "Figure":
     figure, panels = _figure(len(patterns), 4.2 * len(patterns), 4.6)
     ids = result.example.document_ids[0]
     for axes, pattern in zip(panels, patterns, strict=True):
-        draw_mask_axes(axes, dense_mask(result.example, pattern)[0], ids, pattern)
+        draw_mask_axes(axes, packed_mask_mod(result.example, pattern), ids, pattern)
     return figure
 
 
@@ -191,15 +201,15 @@ def _draw_losses(result: "Result") -> "Figure":
 
 def _draw_step_times(result: "Result") -> "Figure":
     figure, panels = _figure(2, 11, 3)
-    for axes, key, label in (
-        (panels[0], "step_s", "seconds a step (median)"),
-        (panels[1], "attended_pairs", "attended pairs a row"),
+    for axes, key, label, digits in (
+        (panels[0], "step_s", "seconds a step (median)", 2),
+        (panels[1], "attended_pairs", "attended pairs a row", 0),
     ):
         values = [float(np.median([record[key] for record in result.of_arm(arm)])) for arm in result.arms]
         bars = axes.barh(result.arms, values, color=[f"C{place}" for place in range(len(values))])
-        axes.bar_label(bars, fmt="{:,.2f}" if key == "step_s" else "{:,.0f}", padding=4)
+        axes.bar_label(bars, fmt=f"{{:,.{digits}f}}", padding=4)
         axes.set(xlabel=label, xlim=(0, 1.25 * max(values)))
-        axes.xaxis.set_major_formatter("{x:,.1f}" if key == "step_s" else "{x:,.0f}")
+        axes.xaxis.set_major_formatter(f"{{x:,.{digits}f}}")
         axes.invert_yaxis()
     return figure
 

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from anchor_attn.attention import Engine
 from anchor_attn.masks import PATTERNS, attended_pairs
 from anchor_attn.masks.layout import PositionPolicy
 from anchor_attn.masks.patterns import Pattern
-from anchor_attn.train.collator import PackedCollator
+from anchor_attn.train.collator import IGNORED, PackedCollator
 from anchor_attn.train.packing import PackedRows
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def run_arm(spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: Sequence
     """
     from transformers import set_seed
 
-    from anchor_attn.hf import wrap
+    from anchor_attn.hf import set_pattern, wrap
     from anchor_attn.train.presets import create_model
 
     set_seed(spec.seed)
@@ -126,14 +126,15 @@ def run_arm(spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: Sequence
     model = create_model(spec.model, spec.vocab_size, 2 * spec.seq_len, spec.anchor_token_id)
     wrap(model, pattern=spec.arm.pattern, engine=spec.engine, rope_precision=spec.arm.rope_precision)
     collator = collator_of(spec)
-    curve = _train(spec, model, rows, collator)
+    training = _train(spec, model, rows, collator)
+    peak_bytes = _peak_bytes(spec.device)
     model.eval()
-    packed_losses = measure_loss(model, packed, collator, spec)
-    # Plain causal for every arm, and without a BOS: the same rows, so that arms may be compared.
-    wrap(model, pattern="full", engine=spec.engine, rope_precision=spec.arm.rope_precision)
-    alone_losses = measure_loss(model, alone, PackedCollator(), spec)
-    layouts = [collator([rows[index % len(rows)]])["document_ids"] for index in range(spec.steps * spec.batch_size)]
-    pairs = [attended_pairs(layout, spec.arm.pattern)[0] for layout in layouts]
+    packed_losses = measure_loss(model, packed, collator, spec.dtype)
+    own_losses = measure_loss(model, alone, collator, spec.dtype)
+    # Plain causal behind the anchor for every arm, and without a BOS: the same rows, so that arms may be compared.
+    set_pattern(model, "full")
+    alone_losses = measure_loss(model, alone, PackedCollator(), spec.dtype)
+    curve = training.curve
     seconds = np.diff([step["seconds"] for step in curve], prepend=0.0)
     tokens = np.diff([step["tokens"] for step in curve], prepend=0)
     settled = slice(min(WARM_UP_STEPS, spec.steps - 1), None)
@@ -147,10 +148,12 @@ def run_arm(spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: Sequence
         "tokens_per_s": float(tokens[settled].sum() / seconds[settled].sum()),
         "loss": float(np.mean([step["loss"] for step in curve[-max(1, spec.steps // LAST_SHARE) :]])),
         "held_out_loss": alone_losses.mean(),
+        "held_out_loss_as_trained": own_losses.mean(),
         "held_out_loss_packed": packed_losses.mean(),
         "held_out_loss_by_position": alone_losses.by_position(),
-        "attended_pairs": float(np.mean(pairs)),
-        "peak_bytes": _peak_bytes(spec.device),
+        "attended_pairs": float(np.mean(training.pairs)),
+        "pairs_of_full": float(np.sum(training.pairs) / np.sum(training.full_pairs)),
+        "peak_bytes": peak_bytes,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "curve": curve,
     }
@@ -162,18 +165,37 @@ def collator_of(spec: RunSpec) -> PackedCollator:
     return PackedCollator(spec.arm.position_policy, bos_token_id=bos)
 
 
-def _train(
-    spec: RunSpec, model: "PreTrainedModel", rows: PackedRows, collator: PackedCollator
-) -> list[dict[str, float]]:
+@dataclass(frozen=True)
+class Training:
+    """What was trained on, noted while it happened.
+
+    Attributes:
+        curve: per step the loss in nats per labelled token, the document tokens so far and the seconds so far.
+        pairs: per row, the pairs that the arm attended.
+        full_pairs: per row, those that plain causal attention would have.
+    """
+
+    curve: list[dict[str, float]] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
+    full_pairs: list[int] = field(default_factory=list)
+
+
+def _train(spec: RunSpec, model: "PreTrainedModel", rows: PackedRows, collator: PackedCollator) -> Training:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    curve: list[dict[str, float]] = []
+    training = Training()
     losses: list[Tensor] = []
-    document_tokens = [sum(rows[index]["document_lengths"]) for index in range(len(rows))]
+    tokens = 0
 
-    class LossKeepingTrainer(Trainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            result = super().compute_loss(*args, **kwargs)
+    class NotingTrainer(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal tokens
+            layout = inputs["document_ids"]
+            bos_tokens = layout.num_documents if spec.arm.bos_per_document else 0
+            tokens += sum(map(sum, layout.document_lengths)) - bos_tokens
+            training.pairs.extend(attended_pairs(layout, spec.arm.pattern))
+            training.full_pairs.extend(attended_pairs(layout, "full"))
+            result = super().compute_loss(model, inputs, *args, **kwargs)
             losses.append((result[0] if isinstance(result, tuple) else result).detach())
             return result
 
@@ -189,16 +211,8 @@ def _train(
         def on_step_end(self, *_: Any, **__: Any) -> None:
             loss = float(torch.stack(losses).sum())  # waits for the device, so the clock below is honest
             losses.clear()
-            first = len(curve) * spec.batch_size
-            tokens = sum(document_tokens[index % len(rows)] for index in range(first, first + spec.batch_size))
-            curve.append(
-                {
-                    "step": len(curve) + 1,
-                    "loss": loss,
-                    "tokens": tokens + (curve[-1]["tokens"] if curve else 0),
-                    "seconds": time.perf_counter() - self.start,
-                }
-            )
+            seconds = time.perf_counter() - self.start
+            training.curve.append({"step": len(training.curve) + 1, "loss": loss, "tokens": tokens, "seconds": seconds})
 
     arguments = TrainingArguments(
         output_dir=str(spec.out),
@@ -219,11 +233,15 @@ def _train(
         bf16=spec.dtype == "bfloat16",
         dataloader_pin_memory=spec.device != "cpu",
     )
-    trainer = LossKeepingTrainer(
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"device must be one GPU for a comparison, got {arguments.n_gpu}; choose one with CUDA_VISIBLE_DEVICES=0."
+        )
+    trainer = NotingTrainer(
         model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[StepClock()]
     )
     trainer.train()
-    return curve
+    return training
 
 
 @dataclass(frozen=True)
@@ -255,7 +273,7 @@ def measure_loss(
     model: "PreTrainedModel",
     rows: PackedRows | Sequence[dict[str, Any]],
     collator: Callable[[Sequence[Any]], dict[str, Any]],
-    spec: RunSpec,
+    dtype: str,
 ) -> TokenLosses:
     """The loss of every labelled token of some rows, a row at a time.
 
@@ -267,10 +285,10 @@ def measure_loss(
     for index in range(len(rows)):
         batch = {name: value.to(device) for name, value in collator([rows[index]]).items()}
         labels = batch.pop("labels")[:, 1:]
-        with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = model(**batch, use_cache=False).logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")
-        labelled = labels != -100
+        labelled = labels != IGNORED
         nats.append(losses[labelled].cpu())
         places.append(batch["document_ids"].document_ranks()[:, 1:][labelled].cpu())
     return TokenLosses(torch.cat(nats), torch.cat(places))

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from glob import escape
 from pathlib import Path
 
-from anchor_attn.train.embedded import Found, Skipped
-
-TOKENS = "input_ids"
+from anchor_attn.train.items import TOKENS, Found, Skipped, one_line
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 
@@ -56,7 +54,7 @@ def _read_file(path: Path, name: str, text_column: str) -> Iterator[Found | Skip
         yield from rows
     except Exception as error:  # how many documents are behind this point is unknown, so that it must not pass
         raise ValueError(
-            f"source must be readable to its end, got {name!r} ({_one_line(error)}); "
+            f"source must be readable to its end, got {name!r} ({one_line(error)}); "
             f"write the {'JSON Lines' if file_format == 'json' else 'Parquet'} file again."
         ) from error
 
@@ -124,11 +122,6 @@ def read_hub(name: str, subset: str | None, split: str, text_column: str) -> Ite
         yield from (Found(f"{name}:{number}", name, row) for number, row in enumerate(rows, start=1))
     except Exception as error:  # datasets, huggingface_hub, pyarrow and the network each have their own
         raise ValueError(
-            f"source must be a path or a dataset that the hub can give, got {name!r} ({_one_line(error)}); "
+            f"source must be a path or a dataset that the hub can give, got {name!r} ({one_line(error)}); "
             f"check the name, split={split!r}, subset={subset!r} and the network."
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from anchor_attn.train.items import TOKENS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -74,7 +76,7 @@ class HuggingFaceTokenizer:
             return_token_type_ids=False,
             verbose=False,  # a document longer than the model's context is no news here
         )
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded[TOKENS]]
 
 
 def load_tokenizer(tokenizer: "str | PathLike[str] | Tokenizer | PreTrainedTokenizerBase" = "bytes") -> Tokenizer:

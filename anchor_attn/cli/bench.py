@@ -31,25 +31,27 @@ def bench_command(
     rounds: Annotated[int, typer.Option(help="Counted rounds; rivals alternate, medians are reported.")] = 5,
     seed: Annotated[int, typer.Option(help="Of lengths and values.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/bench"),
+    out: Annotated[Path | None, typer.Option(help="Folder of bench.csv; runs/bench-<subject> when left out.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON instead of the table.")] = False,
 ) -> None:
     """Time our engines against named rivals on the same row, after a parity check in the same run."""
     from anchor_attn import bench
     from anchor_attn.masks import PackedLayout
     from anchor_attn.results import check_device, describe_environment, write_csv
+    from anchor_attn.train.presets import SIZES
 
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}; pass 5.")
     check_device(device)
-    seq_len = seq_len or {Subject.attention: 16_384, Subject.step: 8_192}[subject]
+    if seq_len is None:
+        seq_len = {Subject.attention: 16_384, Subject.step: 8_192}[subject]
     lengths = bench.draw_lengths(seq_len - 1, shortest, longest, seed)
     layout = PackedLayout.from_lengths([lengths])
     if subject is Subject.attention:
         sizes = {"num_heads": 8, "head_dim": 64}
         timings = bench.bench_attention(layout, **sizes, rounds=rounds, device=device, seed=seed)
     else:
-        sizes = bench.STEP_MODEL
+        sizes = SIZES["laptop"]
         timings = bench.bench_step(layout, sizes, rounds, device, seed)
     records = [asdict(timing) for timing in timings]
     meta = {
@@ -61,7 +63,8 @@ def bench_command(
         "seed": seed,
         "rounds": rounds,
     }
-    write_csv(out / f"{subject}.csv", records, meta)
+    out = Path(f"runs/bench-{subject}") if out is None else out
+    write_csv(out / "bench.csv", records, meta)
     if as_json:
         typer.echo(json.dumps({"meta": meta, "records": records}, indent=1))
         return
@@ -70,7 +73,7 @@ def bench_command(
         table.add_row(
             timing.name,
             f"{timing.seconds:.3f}",
-            f"{timing.fastest:.3f}–{timing.slowest:.3f}",
+            f"{timing.fastest_s:.3f}–{timing.slowest_s:.3f}",
             f"{timing.speedup:.2f} ×",
             f"{100 * timing.share_of_ideal / timing.speedup:.0f} %",
         )
@@ -81,4 +84,4 @@ def bench_command(
         highlight=False,
     )
     console.print(table)
-    console.print(f"Written: {out / f'{subject}.csv'}", highlight=False, soft_wrap=True)
+    console.print(f"Written: {out / 'bench.csv'}", highlight=False, soft_wrap=True)

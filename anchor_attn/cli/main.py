@@ -8,6 +8,7 @@ import typer
 
 from anchor_attn.cli.bench import bench_command
 from anchor_attn.cli.compare import compare_command
+from anchor_attn.results import CheckError
 
 # Newer releases of typer carry a click of their own, older ones import it: the class is found, not imported.
 UsageError: type[Any] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -33,17 +34,22 @@ def show_help(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """Run a command: exit code 0, 1 when a check failed, 2 for bad input with one line on stderr."""
+    """Run a command: exit code 0, 1 when a check failed, 2 for bad input with one line on stderr.
+
+    With ANCHOR_ATTN_TRACEBACK set, bad input shows its traceback too.
+    """
     try:
         code = app(standalone_mode=False) or 0
     except UsageError as error:
         _fail(error.format_message(), 2)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+    except CheckError as error:
+        _fail(str(error), 1)
+    except (ValueError, TypeError, ImportError, OSError) as error:
         if os.environ.get("ANCHOR_ATTN_TRACEBACK"):
             raise
-        _fail(str(error), 1 if isinstance(error, RuntimeError) else 2)
+        _fail(str(error), 2)
     if code == INTERRUPTED:  # typer turns the exception into this code
         _fail("interrupted", INTERRUPTED)
     sys.exit(code)

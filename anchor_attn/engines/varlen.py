@@ -31,10 +31,15 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring queries that attend causally to themselves, behind `anchor_keys` keys taken from the row's front."""
+    """Neighbouring queries that attend causally to themselves.
+
+    Attributes:
+        q_len: how many they are.
+        behind_anchor: whether the keys of the row's anchor are put in front of theirs.
+    """
 
     q_len: int
-    anchor_keys: int
+    behind_anchor: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,11 @@ def create_varlen_plan(layout: PackedLayout, pattern: Pattern) -> VarlenPlan:
     rows = []
     for lengths, tokens in zip(layout.document_lengths, layout.row_tokens, strict=True):
         if pattern == "full":
-            row = [Segment(tokens, 0)]
+            row = [Segment(tokens)]
         elif pattern == "anchor":
-            row = [Segment(anchor_tokens + sum(lengths[:1]), 0), *(Segment(n, anchor_tokens) for n in lengths[1:])]
+            row = [Segment(anchor_tokens + sum(lengths[:1])), *(Segment(n, behind_anchor=True) for n in lengths[1:])]
         else:
-            row = [Segment(anchor_tokens, 0), *(Segment(n, 0) for n in lengths)]
+            row = [Segment(anchor_tokens), *map(Segment, lengths)]
         rows.append(tuple(segment for segment in row if segment.q_len))
     if pattern == "full" or not layout.is_interleaved:
         return VarlenPlan(tuple(rows), None, None)
@@ -83,7 +88,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, requ
     else:
         rows = zip(query.split(1), key.split(1), value.split(1), plan.rows, strict=True)
         out = torch.cat([_attend_rows(q, k, v, row, anchor_tokens, request) for q, k, v, row in rows])
-    return out if plan.inverse is None else _reorder(out, plan.inverse)
+    out = out if plan.inverse is None else _reorder(out, plan.inverse)
+    return out.to(value.dtype)  # autocast computes in its own
 
 
 def _reorder(states: Tensor, order: Tensor) -> Tensor:
@@ -97,22 +103,20 @@ def _attend_rows(
     sizes = [segment.q_len for segment in segments]
     padding = query.shape[2] - sum(sizes)
     # Split, not slices: the backward of a slice fills a whole row of zeros for every document.
-    parts = zip(*(states.split([*sizes, padding], dim=2) for states in (query, key, value)), strict=True)
-    anchor: tuple[Tensor, ...] = ()
+    queries, keys, values = (states.split([*sizes, padding], dim=2) for states in (query, key, value))
+    anchor = tuple(parts[0][:, :, :anchor_tokens] for parts in (queries, keys, values))
     outs = []
-    for segment, states in zip(segments, parts, strict=False):
-        if not anchor:
-            anchor = tuple(part[:, :, :anchor_tokens] for part in states)
-        outs.append(_attend_segment(states, anchor if segment.anchor_keys else None, anchor_tokens, request))
+    for segment, q, k, v in zip(segments, queries, keys, values, strict=False):
+        outs.append(_attend_segment(q, k, v, anchor if segment.behind_anchor else None, anchor_tokens, request))
     if padding:
-        outs.append(query.new_zeros(*query.shape[:2], padding, value.shape[-1], dtype=value.dtype))
+        outs.append(value.new_zeros(*query.shape[:2], padding, value.shape[-1]))
     return torch.cat(outs, dim=2)
 
 
 def _attend_segment(
-    states: tuple[Tensor, ...], anchor: tuple[Tensor, ...] | None, anchor_tokens: int, request: Request
+    query: Tensor, key: Tensor, value: Tensor, anchor: tuple[Tensor, ...] | None, anchor_tokens: int, request: Request
 ) -> Tensor:
-    query, key, value = states
+    """One segment, behind the anchor's query, key and value where they are given."""
     if anchor is not None:
         key, value = torch.cat((anchor[1], key), dim=2), torch.cat((anchor[2], value), dim=2)
     if request.softcap is not None or request.sinks is not None or request.sliding_window is not None:

@@ -7,38 +7,17 @@ forward without them asks for the attention that the model had before.
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from anchor_attn.attention import Engine, anchor_attention
+from anchor_attn.attention import anchor_attention
+from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, Settings
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PADDING_ID
-from anchor_attn.masks.patterns import Pattern
-
-# Not a word with "flash" in it: transformers treats such names as FlashAttention and drops the mask.
-IMPLEMENTATION = "anchor_attn"
-SETTINGS = "_anchor_attn"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `wrap` was asked for, held by every module that holds the model's config.
-
-    Attributes:
-        pattern: as `anchor_attention`.
-        engine: as `anchor_attention`.
-        rope_precision: "model", whatever the model does.
-        previous: the attention implementation before, which a forward without `document_ids` uses.
-    """
-
-    pattern: Pattern
-    engine: Engine
-    rope_precision: str
-    previous: str
 
 
 def before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,7 +99,9 @@ def attention_forward(
 
     Args:
         module: the attention layer.
-        query: [B, H, S, D]; key: [B, K, S, D]; value: [B, K, S, V].
+        query: [B, H, S, D].
+        key: [B, K, S, D].
+        value: [B, K, S, V].
         attention_mask: what `defer_mask` returned, or a mask that the caller made.
         document_ids: the layout of the batch; None asks for the attention before `wrap`.
         kwargs: scaling, sliding_window, softcap, s_aux and dropout are read; with no `document_ids` all are passed on.
@@ -178,7 +159,7 @@ class DeferredMask:
     """
 
     arguments: dict[str, Any]
-    _built: Any = None
+    _built: dict[str, Any] = field(default_factory=dict)
 
     @property
     def local_size(self) -> int | None:
@@ -188,16 +169,18 @@ class DeferredMask:
     def build(self, implementation: str) -> Any:
         """The mask as the given implementation has it; None where it takes none."""
         masks = AttentionMaskInterface()
-        if self._built is None and implementation in masks:
-            self._built = masks[implementation](**self.arguments)
-        return self._built
+        if implementation not in masks:
+            return None
+        if implementation not in self._built:
+            self._built[implementation] = masks[implementation](**self.arguments)
+        return self._built[implementation]
 
     def contiguous(self) -> "DeferredMask":
         """The mask itself; `generate` asks for it before it hands a mask to the model."""
         return self
 
-    def to(self, device: torch.device | str, **kwargs: Any) -> "DeferredMask":
-        """The same mask for layers on another device."""
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "DeferredMask":
+        """The same mask for layers on another device, where it will be built."""
         return DeferredMask({**self.arguments, "device": torch.device(device)})
 
 

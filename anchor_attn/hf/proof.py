@@ -6,15 +6,14 @@ Both would train on leaking documents without a word.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from anchor_attn.hf.forward import IMPLEMENTATION, SETTINGS, attention_forward, defer_mask
-from anchor_attn.hf.wrapping import holders, set_implementation
+from anchor_attn.hf.forward import attention_forward, defer_mask
+from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, holders, set_implementation, set_pattern
 from anchor_attn.masks import PackedLayout
 
 SOFTMAX_LAYERS = {"full_attention", "sliding_attention"}
@@ -130,8 +129,7 @@ def _proving(model: PreTrainedModel) -> Iterator[set[nn.Module]]:
     training = {module: module.training for module in model.modules()}
     held = holders(model)
     model.eval()
-    for module, settings in held.items():
-        setattr(module, SETTINGS, replace(settings, pattern="intra_doc"))
+    set_pattern(model, "intra_doc")
     set_implementation(model, PROOF)
     try:
         yield callers

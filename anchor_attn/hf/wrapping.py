@@ -11,10 +11,12 @@ import logging
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from anchor_attn.attention import Engine, choose_engine
-from anchor_attn.hf.forward import IMPLEMENTATION, SETTINGS, Settings, attention_forward, before_forward, defer_mask
+from anchor_attn.hf.forward import attention_forward, before_forward, defer_mask
+from anchor_attn.hf.proof import prove, refuse_unsupported
+from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, Settings, configs_of, holders, set_implementation
 from anchor_attn.masks.patterns import PATTERNS, Pattern
 
 HANDLES = "_anchor_attn_handles"
@@ -51,8 +53,6 @@ def wrap(
         ValueError: an unknown setting, or a model that ignores the attention interface, leaks between documents
             through other layers, or cannot be proven; the model is then as it was.
     """
-    from anchor_attn.hf.proof import prove, refuse_unsupported
-
     if pattern not in PATTERNS:
         raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}; pass one of them.")
     if rope_precision not in ROPE_PRECISIONS:
@@ -60,7 +60,7 @@ def wrap(
     chosen = choose_engine(engine)
     refuse_unsupported(model)
     unwrap(model)
-    if any(c._attn_implementation == IMPLEMENTATION for m in model.modules() for c in _configs_of(m).values()):
+    if any(c._attn_implementation == IMPLEMENTATION for m in model.modules() for c in configs_of(m).values()):
         raise ValueError(
             f"model must have an attention of its own beside anchor_attn, got {type(model).__name__} built from a "
             "wrapped model's config; call model.set_attn_implementation('sdpa') first."
@@ -72,8 +72,8 @@ def wrap(
     register()
     _own_configs(model)
     for module in model.modules():
-        for config in _configs_of(module).values():
-            setattr(module, SETTINGS, Settings(pattern, engine, rope_precision, config._attn_implementation))
+        for config in configs_of(module).values():
+            setattr(module, SETTINGS, Settings(pattern, engine, config._attn_implementation))
     set_implementation(model, IMPLEMENTATION)
     submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     handles = [module.register_forward_pre_hook(before_forward, with_kwargs=True) for module in submodels]
@@ -96,7 +96,7 @@ def unwrap(model: PreTrainedModel) -> PreTrainedModel:
         for handle in module.__dict__.pop(HANDLES, ()):
             handle.remove()
     for module, settings in holders(model).items():
-        for config in _configs_of(module).values():
+        for config in configs_of(module).values():
             config._attn_implementation = settings.previous
         delattr(module, SETTINGS)
     return model
@@ -113,25 +113,9 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, defer_mask)
 
 
-def _configs_of(module: nn.Module) -> dict[str, PreTrainedConfig]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, PreTrainedConfig)}
-
-
 def _own_configs(model: PreTrainedModel) -> None:
     """Replace the config on every submodule that holds it: models built from one config share its implementation."""
     copies: dict[int, Any] = {}
     for module in model.modules():
-        for name, config in _configs_of(module).items():
+        for name, config in configs_of(module).items():
             setattr(module, name, copy.deepcopy(config, copies))
-
-
-def holders(model: nn.Module) -> dict[nn.Module, Settings]:
-    """The modules that hold the model's config, each with its settings."""
-    return {module: vars(module)[SETTINGS] for module in model.modules() if SETTINGS in vars(module)}
-
-
-def set_implementation(model: PreTrainedModel, implementation: str) -> None:
-    """Point the configs of a wrapped model to an attention implementation."""
-    for module in holders(model):
-        for config in _configs_of(module).values():
-            config._attn_implementation = implementation

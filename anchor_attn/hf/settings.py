@@ -1,0 +1,51 @@
+"""What a wrapped model was asked for, kept beside every config that the model holds."""
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from anchor_attn.attention import Engine
+from anchor_attn.masks.patterns import Pattern
+
+# Not a word with "flash" in it: transformers treats such names as FlashAttention and drops the mask.
+IMPLEMENTATION = "anchor_attn"
+SETTINGS = "_anchor_attn"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `wrap` was asked for, held by every module that holds the model's config.
+
+    Attributes:
+        pattern: as `anchor_attention`.
+        engine: as `anchor_attention`.
+        previous: the attention implementation before, which a forward without `document_ids` uses.
+    """
+
+    pattern: Pattern
+    engine: Engine
+    previous: str
+
+
+def configs_of(module: nn.Module) -> dict[str, PreTrainedConfig]:
+    """The configs that a module holds, by attribute."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, PreTrainedConfig)}
+
+
+def holders(model: nn.Module) -> dict[nn.Module, Settings]:
+    """The modules that hold the model's config, each with its settings."""
+    return {module: vars(module)[SETTINGS] for module in model.modules() if SETTINGS in vars(module)}
+
+
+def set_implementation(model: nn.Module, implementation: str) -> None:
+    """Point the configs of a wrapped model to an attention implementation."""
+    for module in holders(model):
+        for config in configs_of(module).values():
+            config._attn_implementation = implementation
+
+
+def set_pattern(model: nn.Module, pattern: Pattern) -> None:
+    """Give a wrapped model, proven already, another pattern."""
+    for module, settings in holders(model).items():
+        setattr(module, SETTINGS, replace(settings, pattern=pattern))
