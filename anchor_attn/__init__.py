@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from anchor_attn.hf import wrap as wrap
 
 __version__ = "0.1.0"
+__all__ = ["PackedLayout", "anchor_attention", "unwrap", "wrap"]
 
 
 def __getattr__(name: str) -> Any:

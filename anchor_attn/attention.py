@@ -53,12 +53,15 @@ def anchor_attention(
 
     Raises:
         TypeError: no layout where one is asked for.
-        ValueError: shapes or devices that do not fit, a softcap of 0, or an unknown pattern or engine.
+        ValueError: shapes or devices that do not fit, a softcap or scale without meaning, or an unknown pattern or
+            engine.
     """
     check_pattern(layout, pattern, sliding_window)
     _check_tensors(query, key, value, layout, sinks)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, got {softcap}; pass None for no softcap.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be above 0 and finite, got {softcap}; pass None for no softcap.")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}; pass None for 1/√D.")
     chosen = choose_engine(engine)
     request = Request(
         pattern=pattern,
@@ -104,9 +107,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayo
             f"query, key and value must be [B, H, S, D], [B, K, S, D] and [B, K, S, V] with H a multiple of K, "
             f"got {list(query.shape)}, {list(key.shape)} and {list(value.shape)}; check the head counts and sizes."
         )
-    if len({query.dtype, key.dtype, value.dtype}) != 1:
+    if len({query.dtype, key.dtype, value.dtype}) != 1 or not query.is_floating_point():
         raise ValueError(
-            f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}; "
+            f"query, key and value must share one floating dtype, got {query.dtype}, {key.dtype} and {value.dtype}; "
             "cast query and key to the value's dtype."
         )
     if sinks is not None and sinks.shape != (query.shape[1],):

@@ -76,17 +76,21 @@ def draw_lengths(tokens: int, shortest: int, longest: int, seed: int) -> list[in
         raise ValueError(
             f"shortest and longest must be lengths in this order, got {shortest} and {longest}; pass 300 and 1400, say."
         )
-    documents = max(1, round(2 * tokens / (shortest + longest)))
-    if not documents * shortest <= tokens <= documents * longest:
+    fewest, most = -(-tokens // longest), tokens // shortest
+    if fewest > most or tokens < 1:
         raise ValueError(
             f"seq_len must hold documents of {shortest} to {longest} tokens, got room for {tokens}; "
             "raise seq_len, or lower shortest."
         )
+    documents = min(max(round(2 * tokens / (shortest + longest)), fewest), most)
     draw = random.Random(seed)
-    while True:
-        lengths = [draw.randint(shortest, longest) for _ in range(documents - 1)]
-        if shortest <= tokens - sum(lengths) <= longest:
-            return [*lengths, tokens - sum(lengths)]
+    spare, lengths = tokens - documents * shortest, []
+    for left in range(documents - 1, -1, -1):  # what is drawn leaves no more and no less than the others can take
+        extra = draw.randint(max(0, spare - left * (longest - shortest)), min(longest - shortest, spare))
+        lengths.append(shortest + extra)
+        spare -= extra
+    draw.shuffle(lengths)
+    return lengths
 
 
 def bench_attention(

@@ -33,6 +33,22 @@ def check_device(device: str) -> None:
         raise ValueError("device must be one that torch has here, got 'cuda' without a CUDA device; pass --device cpu.")
 
 
+def check_folder(folder: Path) -> None:
+    """Make a folder for results, before hours of work whose results could not be written.
+
+    Raises:
+        ValueError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_text(folder / "probe", "")
+        (folder / "probe").unlink()
+    except OSError as error:
+        raise ValueError(
+            f"out must be a folder that can be written, got {str(folder)!r} ({error.strerror}); name another."
+        ) from error
+
+
 def describe_environment(device: str) -> dict[str, Any]:
     """What a number depends on besides its inputs: versions, machine, threads and the commit of this code."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()

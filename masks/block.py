@@ -34,7 +34,10 @@ def create_packed_block_mask(
         ValueError: an unknown pattern, the anchor pattern without an anchor, or a window or a block size below 1.
     """
     check_pattern(layout, pattern, sliding_window)
-    for size in block_size if isinstance(block_size, tuple) else (block_size,):
+    sizes = block_size if isinstance(block_size, tuple) else (block_size, block_size)
+    if len(sizes) != 2:
+        raise ValueError(f"block_size must be one size or a pair, got {block_size}; pass (128, 128), say.")
+    for size in sizes:
         if checked_int(size, "block_size") < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}; pass 128, FlexAttention's own.")
     if pattern == "anchor" and not anchor_column:

@@ -521,7 +521,7 @@ BAD_CALLS = [
     ),
     (
         "dtypes that differ", [states_of()[0].double(), *states_of()[1:]], {},
-        "query, key and value must share one dtype, got torch.float64, torch.float32 and torch.float32; "
+        "query, key and value must share one floating dtype, got torch.float64, torch.float32 and torch.float32; "
         "cast query and key to the value's dtype.",
     ),
     (
@@ -530,7 +530,7 @@ BAD_CALLS = [
     ),
     (
         "softcap of zero", states_of(), {"softcap": 0.0},
-        "softcap must be above 0, got 0.0; pass None for no softcap.",
+        "softcap must be above 0 and finite, got 0.0; pass None for no softcap.",
     ),
     (
         "an engine that is not there", states_of(), {"engine": "flex"},

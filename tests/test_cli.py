@@ -73,17 +73,24 @@ def test_compare_as_json_prints_the_result_file_and_nothing_else(run, corpus, tm
         (["nope"], "No such command 'nope'"),
         (["compare", "--steps", "many"], "Invalid value for '--steps'"),
         (["compare", "--nope"], "No such option"),
-        (["compare", "--steps", "0"], "steps must be at least 1, got 0; raise it."),
+        (["compare", "--steps", "0"], "steps must be at least 1, got 0; pass more."),
         (["compare", "--seeds", "0"], "seeds must be at least 1, got 0; pass 3 for an interval."),
         (["compare", "--arms", "anchored"], "arm must be one of full, intra_doc, anchor"),
         (["compare", "--arms", ","], "arms must name at least one"),
         (["compare", "--data", "absent.jsonl"], "source must be 'stdlib'"),
         (["compare", "--data", "CORPUS", "--text-column", "words"], "words"),
         (["compare", "--data", "CORPUS", "--cut", "maybe"], "cut must be one of"),
-        (["compare", "--data", "CORPUS", "--seq-len", "1"], "seq_len must"),
+        (["compare", "--data", "CORPUS", "--seq-len", "1"], "seq_len must be at least 3, got 1"),
         (["compare", "--data", "CORPUS", "--tokenizer", "./absent"], "tokenizer must be 'bytes'"),
         (["compare", "--data", "CORPUS", "--model", "absent.json"], "model must be a config file that exists"),
         (["compare", "--device", "warp"], "device must be cpu or cuda"),
+        (["compare", "--seed", "-1"], "seed must lie between 0 and 2**32 - 1, got -1"),
+        (["compare", "--arms", "full+bos+reset,full+reset+bos"], "arms must differ, got full+reset+bos, full+reset"),
+        (["compare", "--arms", "full+bos+bos"], "arm must be one of"),
+        (["compare", "--out", "CORPUS"], "out must be a folder that can be written"),
+        (["bench", "--out", "CORPUS"], "out must be a folder that can be written"),
+        (["bench", "--seq-len", "0"], "seq_len must hold documents"),
+        (["bench", "--shortest", "0"], "shortest and longest must be lengths in this order"),
         (["bench", "nothing"], "Invalid value for"),
         (["bench", "--rounds", "0"], "rounds must be at least 1, got 0"),
         (["bench", "--seq-len", "9"], "seq_len must hold documents of 300 to 1400 tokens, got room for 8"),
@@ -92,7 +99,8 @@ def test_compare_as_json_prints_the_result_file_and_nothing_else(run, corpus, tm
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, corpus, tmp_path, arguments, message):
     arguments = [corpus if argument == "CORPUS" else argument for argument in arguments]
-    code, out, err = run(*arguments, *(["--out", str(tmp_path / "out")] if arguments[0] != "nope" else []))
+    known = arguments[0] != "nope" and "--out" not in arguments
+    code, out, err = run(*arguments, *(["--out", str(tmp_path / "out")] if known else []))
     last = err.strip().splitlines()[-1]
     assert code == 2
     assert last.startswith("anchor-attn: ")

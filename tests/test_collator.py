@@ -209,3 +209,16 @@ def test_bad_rows_raise_one_line_that_names_them(features, message):
 def test_bad_options_raise_before_the_first_batch(options, message):
     with pytest.raises(ValueError, match=message):
         PackedCollator(**options)
+
+
+def test_labels_of_the_rows_themselves_are_kept_where_a_token_may_be_predicted():
+    feature = {"input_ids": [0, 1, 2, 3, 4], "document_lengths": [4], "labels": [-100, -100, -100, 3, 4]}
+    assert PackedCollator()([feature])["labels"].tolist() == [[-100, -100, -100, 3, 4]]
+    with pytest.raises(ValueError, match=r"features\[0\]\['labels'\] must have one label a token"):
+        PackedCollator()([{**feature, "labels": [1]}])
+
+
+def test_two_answers_to_which_token_belongs_where_are_refused():
+    feature = {"input_ids": [0, 1, 2, 3, 4], "document_lengths": [4], "document_ids": [0, 1, 1, 2, 2]}
+    with pytest.raises(ValueError, match=r"features\[0\] must say once which token belongs to which document"):
+        PackedCollator()([feature])

@@ -231,9 +231,10 @@ def test_another_seed_packs_the_rows_in_another_order(corpus, tmp_path, monkeypa
     [
         ({"arms": ()}, "arms must name at least one, got none"),
         ({"arms": ("full", "full")}, "arms must differ, got full, full"),
+        ({"arms": ("full+bos+reset", "full+reset+bos")}, "arms must differ"),
         ({"seeds": ()}, "seeds must name at least one"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"seq_len": -1}, "seq_len must be at least 1, got -1"),
+        ({"seq_len": -1}, "seq_len must be at least 3, got -1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"dtype": "float8"}, "dtype must be float32 or bfloat16, got 'float8'"),
         ({"engine": "flash"}, "engine must be one of"),
@@ -316,3 +317,35 @@ def test_result_keeps_the_order_of_arms():
     result = Result({}, records, None)
     assert result.arms == ["full", "anchor"]
     assert len(result.of_arm("full")) == 2
+
+
+def test_a_config_that_cannot_be_built_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps({"model_type": "llama", "hidden_size": 33, "num_attention_heads": 2}))
+    with pytest.raises(ValueError, match="model must be a"):
+        create_model(str(path), 257, 64, 256)
+    path.write_text(json.dumps({"model_type": "gpt2", "n_positions": 32, "n_embd": 32, "n_head": 2, "n_layer": 1}))
+    with pytest.raises(ValueError, match=r"model must have positions for rows of 64 tokens, got .* with 32"):
+        create_model(str(path), 257, 64, 256)
+    assert create_model(str(path), 257, 32, 256).config.vocab_size == 257
+
+
+def test_held_out_documents_that_are_trained_on_too_are_left_out(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i % 20} of these"}) + "\n" for i in range(200)))
+    train, held_out = read_documents(path).split_by_file(0.5)
+    with pytest.raises(ValueError, match="data must hold different documents, got"):
+        compare_room._without_twins(held_out, train)
+    path.write_text("".join(json.dumps({"text": f"document {i} of these"}) + "\n" for i in range(20)))
+    train, held_out = read_documents(path).split_by_file(0.5)
+    assert len(compare_room._without_twins(held_out, train)) == len(held_out)
+
+
+def test_losses_of_an_earlier_comparison_do_not_stay_behind(tmp_path):
+    old, mine = tmp_path / "full-seed7", tmp_path / "mine"
+    for folder in (old, mine):
+        folder.mkdir()
+    (old / "losses.jsonl").write_text("")
+    (mine / "notes.txt").write_text("kept")
+    compare_room._forget_runs(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

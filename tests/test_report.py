@@ -64,9 +64,10 @@ def test_the_table_gives_shares_of_full_and_spreads_over_seeds():
     full, anchor = table_rows(result_of(3))
     assert len(full) == len(HEADER)
     assert full[:4] == ["full", "100 %", "2.00", "100 %"]
-    assert anchor[:5] == ["anchor", "25 %", "0.50", "25 %", "128"]
-    assert anchor[6] == "2.100 ± 0.173"
-    assert table_rows(result_of(1))[1][6] == "2.000"
+    assert anchor[:4] == ["anchor", "25 %", "0.50", "25 %"]
+    assert anchor[7] == "128"
+    assert anchor[5] == "2.100 ± 0.173"
+    assert table_rows(result_of(1))[1][5] == "2.000"
 
 
 def test_findings_say_no_difference_seen_where_the_interval_includes_zero():

@@ -66,7 +66,7 @@ class PackedCollator:
 
         Args:
             features: per row `input_ids`, the anchors included, and either `document_lengths` (anchors not included)
-                or `document_ids`, one a token.
+                or `document_ids`, one a token. With `labels`, not shifted, those that are -100 stay so.
 
         Returns:
             `input_ids`, `labels` and `position_ids`, int64 [B, S], and `document_ids`, a `PackedLayout`.
@@ -87,7 +87,14 @@ class PackedCollator:
                 )
         layout = self._layout(features, rows, seq_len)
         input_ids = torch.from_numpy(_padded(rows, seq_len, self.pad_token_id))
-        labels = _labels(input_ids, layout)
+        given = [np.asarray(feature.get("labels", row)) for feature, row in zip(features, rows, strict=True)]
+        for index, (row, own) in enumerate(zip(rows, given, strict=True)):
+            if own.shape != row.shape:
+                raise ValueError(
+                    f"features[{index}]['labels'] must have one label a token, got {own.shape} for {len(row)} tokens; "
+                    "leave labels out to predict every token."
+                )
+        labels = _labels(torch.from_numpy(_padded(given, seq_len, IGNORED)), layout)
         if self.bos_token_id is not None:
             input_ids, labels, layout = self._with_bos(input_ids, labels, layout, self.bos_token_id)
         return {
@@ -98,6 +105,12 @@ class PackedCollator:
         }
 
     def _layout(self, features: Sequence[Mapping[str, Any]], rows: Sequence[np.ndarray], seq_len: int) -> PackedLayout:
+        for index, feature in enumerate(features):
+            if "document_lengths" in feature and "document_ids" in feature:
+                raise ValueError(
+                    f"features[{index}] must say once which token belongs to which document, got document_lengths and "
+                    "document_ids; pass one of them."
+                )
         if all("document_lengths" in feature for feature in features):
             for index, (feature, row) in enumerate(zip(features, rows, strict=True)):
                 tokens = self.anchor_tokens + sum(feature["document_lengths"])

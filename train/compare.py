@@ -18,7 +18,7 @@ import numpy as np
 
 from anchor_attn.attention import Engine, choose_engine
 from anchor_attn.masks.layout import PackedLayout
-from anchor_attn.results import CheckError, check_device, describe_environment, write_json, write_jsonl
+from anchor_attn.results import CheckError, check_device, check_folder, describe_environment, write_json, write_jsonl
 from anchor_attn.train.documents import Documents, read_documents
 from anchor_attn.train.packing import CUTS, Cut, PackedRows, pack_documents
 from anchor_attn.train.presets import SIZES, check_model
@@ -27,6 +27,7 @@ from anchor_attn.train.tokenizers import Tokenizer, load_tokenizer
 
 SEEDS_FOR_AN_INTERVAL = 3
 HELD_OUT_SHARE = 0.1
+PATIENCE_S = 10
 NAMED = 3  # documents left out for one reason, by name on the terminal
 
 
@@ -167,7 +168,9 @@ def compare(settings: Comparison, say: Callable[[str], None] = lambda _: None) -
         say(f"  {count:,} {reason}: {', '.join(names[:NAMED])}{', …' if count > NAMED else ''}")
     train, held_out = documents.split_by_file(HELD_OUT_SHARE)
     tokenizer = load_tokenizer(settings.tokenizer or _tokenizer_of(settings.model))
+    held_out = _without_twins(held_out, train)
     held = _hold_out(held_out, settings, tokenizer)
+    say(f"trained on {len(train):,} documents, {len(held_out):,} held out, {len(held.alone):,} of them measured")
 
     def pack(seed: int) -> PackedRows:
         rows = settings.steps * settings.batch_size
@@ -176,8 +179,13 @@ def compare(settings: Comparison, say: Callable[[str], None] = lambda _: None) -
         )
 
     first_rows = pack(settings.seeds[0])
+    if not any(len(row["input_ids"]) > 2 for row in held.alone):
+        raise ValueError(
+            "data must hold documents of at least two tokens, got shorter ones only; pass other documents."
+        )
     say(str(first_rows.report))
     meta = _meta(settings, documents, first_rows, held)
+    _forget_runs(settings.out / "runs")
     records: list[dict[str, Any]] = []
     names_of_arms = [arm.name for arm in arms]
     for turn, seed in enumerate(settings.seeds):
@@ -193,6 +201,15 @@ def compare(settings: Comparison, say: Callable[[str], None] = lambda _: None) -
             flat = [{key: value for key, value in record.items() if key != "curve"} for record in records]
             write_json(settings.out / "results.json", {"meta": meta, "records": flat})
     return Result(meta, records, PackedLayout.from_lengths([first_rows[0]["document_lengths"]]))
+
+
+def _forget_runs(folder: Path) -> None:
+    """Remove the losses that an earlier comparison left in the same place, and nothing else."""
+    for losses in folder.glob("*/losses.jsonl"):
+        losses.unlink()
+        losses.with_name("losses.jsonl.meta.json").unlink(missing_ok=True)
+        if not any(losses.parent.iterdir()):
+            losses.parent.rmdir()
 
 
 def _spec(settings: Comparison, arm: Arm, seed: int, tokenizer: Tokenizer) -> RunSpec:
@@ -215,14 +232,19 @@ def _spec(settings: Comparison, arm: Arm, seed: int, tokenizer: Tokenizer) -> Ru
 
 def _check(settings: Comparison) -> None:
     """Raise for settings that no run could use, before anything is read."""
-    for name, values in (("arms", settings.arms), ("seeds", settings.seeds)):
+    arms = [Arm.parse(name).name for name in settings.arms]  # two spellings of one arm are one arm
+    for name, values in (("arms", arms), ("seeds", settings.seeds)):
         if not values:
             raise ValueError(f"{name} must name at least one, got none; pass one.")
         if len(set(values)) != len(values):
             raise ValueError(f"{name} must differ, got {', '.join(map(str, values))}; name each once.")
-    for name in ("seq_len", "steps", "batch_size", "held_out_rows"):
-        if (value := getattr(settings, name)) < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}; raise it.")
+    least = {"seq_len": 3, "steps": 1, "batch_size": 1, "held_out_rows": 1}  # an anchor, a token, and one to predict
+    for name, smallest in least.items():
+        if (value := getattr(settings, name)) < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}; pass more.")
+    for seed in settings.seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must lie between 0 and 2**32 - 1, got {seed}; pass 0, say.")
     if not 0 < settings.learning_rate < float("inf"):
         raise ValueError(f"learning_rate must be positive, got {settings.learning_rate}; pass 3e-3, say.")
     if settings.dtype not in ("float32", "bfloat16"):
@@ -232,6 +254,7 @@ def _check(settings: Comparison) -> None:
     check_model(settings.model)
     choose_engine(settings.engine)
     check_device(settings.device)
+    check_folder(settings.out)
 
 
 def _tokenizer_of(model: str) -> str:
@@ -253,6 +276,23 @@ class HeldOut:
     packed: PackedRows
     alone: list[dict[str, Any]]
     cut_documents: int
+
+
+def _without_twins(held_out: Documents, train: Documents) -> Documents:
+    """Held-out documents whose content is not trained on.
+
+    Raises:
+        ValueError: none is left.
+    """
+    column = train.dataset.column_names[-1]
+    trained = {str(content) for content in train.dataset[column]}
+    kept = [place for place, content in enumerate(held_out.dataset[column]) if str(content) not in trained]
+    if not kept:
+        raise ValueError(
+            f"data must hold different documents, got {len(held_out)} held out that are all trained on too; "
+            "pass more documents."
+        )
+    return held_out.select(kept)
 
 
 def _hold_out(held_out: Documents, settings: Comparison, tokenizer: Tokenizer) -> HeldOut:
@@ -289,6 +329,7 @@ def _run_in_own_process(
             "see what it said above."
         ) from None
     except BaseException:
+        process.join(PATIENCE_S)  # an interrupt reaches it too, and it has semaphores to give back
         process.terminate()
         raise
     finally:
@@ -304,7 +345,7 @@ def _child(
     try:
         sender.send(run_arm(spec, rows, packed, alone))
     except (ValueError, TypeError, ImportError, OSError) as error:  # the caller's to mend: one line there
-        sender.send(ValueError(str(error)))
+        sender.send(ValueError(str(error) or type(error).__name__))
     except KeyboardInterrupt:
         sys.exit(130)
 

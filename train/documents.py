@@ -99,11 +99,12 @@ class Documents:
             )
         held_out = {key for draw, key in draws if draw < held_out_share} | {draws[0][1]}
         held_out -= {draws[-1][1]}
-        return self._select(i for i, key in enumerate(keys) if key not in held_out), self._select(
+        return self.select(i for i, key in enumerate(keys) if key not in held_out), self.select(
             i for i, key in enumerate(keys) if key in held_out
         )
 
-    def _select(self, indices: Iterable[int]) -> "Documents":
+    def select(self, indices: Iterable[int]) -> "Documents":
+        """Some of the documents, by their places; what was skipped stays with the whole."""
         dataset = self.dataset.select(list(indices))
         return Documents(dataset, self.source, _corpus_hash(dataset), (), self.python_version)
 

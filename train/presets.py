@@ -1,7 +1,10 @@
 """Models to train: sizes that a laptop holds, config files, and names of pretrained checkpoints."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch.nn import Embedding
 
 from anchor_attn.train.items import one_line
 
@@ -50,11 +53,12 @@ def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id
         name: a size ("tiny", "laptop", "small": Llama of that size), a config file (*.json) that is trained from
             scratch, or the name or folder of a pretrained checkpoint.
         vocab_size: of the tokenizer. A size and a config file take it over; a checkpoint must be at least as large.
-        max_positions: longest row in tokens; a size is made for it.
+        max_positions: longest row in tokens; a size is made for it, a learned table of positions must reach it.
         anchor_token_id: becomes the BOS id of a size.
 
     Raises:
-        ValueError: an unknown name, an unreadable config, or a checkpoint with a smaller vocabulary.
+        ValueError: an unknown name, a config that does not read or build, a checkpoint with a smaller vocabulary, or
+            too few learned positions.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -71,7 +75,17 @@ def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id
     if name.endswith(".json"):
         config = _read_config(name)
         config.vocab_size = vocab_size
-        return AutoModelForCausalLM.from_config(config)
+        # Those of the file belong to its own vocabulary.
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = anchor_token_id, None, None
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # whatever another library's model makes of a config
+            raise ValueError(
+                f"model must be a config that a causal language model can be built from, got {name!r} "
+                f"({one_line(error)[:200]}); mend the file."
+            ) from error
+        _check_positions(model, name, max_positions)
+        return model
     try:
         model = AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -84,7 +98,19 @@ def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id
             f"model must have a vocabulary of at least the tokenizer's {vocab_size}, got {name!r} with "
             f"{model.config.vocab_size}; pass the tokenizer that belongs to it."
         )
+    _check_positions(model, name, max_positions)
     return model
+
+
+def _check_positions(model: "PreTrainedModel", name: str, max_positions: int) -> None:
+    """Learned positions end where their table ends; RoPE does not."""
+    for module_name, module in model.named_modules():
+        learned = isinstance(module, Embedding) and re.search(r"wpe|position", module_name)
+        if learned and module.num_embeddings < max_positions:
+            raise ValueError(
+                f"model must have positions for rows of {max_positions} tokens, got {name!r} with "
+                f"{module.num_embeddings}; lower seq_len."
+            )
 
 
 def _read_config(path: str) -> "PreTrainedConfig":
@@ -94,7 +120,7 @@ def _read_config(path: str) -> "PreTrainedConfig":
         raise ValueError(f"model must be a config file that exists, got {path!r}; check the path.")
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the file's, json's, and whatever a config class makes of its values
         raise ValueError(
             f"model must be a readable transformers config with a known model_type, got {path!r} "
             f"({one_line(error)}); mend the file."

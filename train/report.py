@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from anchor_attn.train.compare import Result
 
-HEADER = ("arm", "pairs", "step s", "of full", "tokens/s", "loss", "held-out", "packed", "peak MB")
+HEADER = ("arm", "pairs", "step s", "of full", "loss", "held-out", "packed", "tokens/s", "peak MB")
 LOSSES = ("loss", "held_out_loss", "held_out_loss_packed")
 SMOOTHING_STEPS = 10
 
@@ -36,8 +36,8 @@ def table_rows(result: "Result") -> list[list[str]]:
                 f"{100 * np.mean([record['pairs_of_full'] for record in records]):.0f} %",
                 f"{step_s:.2f}",
                 f"{100 * step_s / base:.0f} %" if base else "–",
-                f"{np.median([record['tokens_per_s'] for record in records]):,.0f}",
                 *(_mean_and_spread([record[key] for record in records]) for key in LOSSES),
+                f"{np.median([record['tokens_per_s'] for record in records]):,.0f}",
                 f"{max(record['peak_bytes'] for record in records) / 2**20:,.0f}",
             ]
         )
@@ -190,11 +190,19 @@ def _draw_losses(result: "Result") -> "Figure":
             smooth = np.convolve(curve["loss"], np.ones(width) / width, mode="valid")
             label = arm if record is result.of_arm(arm)[0] else None
             for axes, key in zip(panels, ("tokens", "seconds"), strict=True):
-                axes.plot(curve[key][width - 1 :], smooth, color=f"C{place}", label=label, alpha=0.85, linewidth=1.4)
+                axes.plot(
+                    curve[key][width - 1 :],
+                    smooth,
+                    color=f"C{place}",
+                    label=label,
+                    marker="o" if len(smooth) == 1 else None,
+                    alpha=0.85,
+                    linewidth=1.4,
+                )
     for axes, key in zip(panels, ("document tokens", "seconds"), strict=True):
         axes.axhline(result.meta["unigram_loss"], color="0.6", linestyle=":", label="token frequencies")
         axes.set(xlabel=key, ylabel="nats per labelled token")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_major_formatter("{x:,g}")
         axes.legend(frameon=False)
     return figure
 
@@ -209,7 +217,7 @@ def _draw_step_times(result: "Result") -> "Figure":
         bars = axes.barh(result.arms, values, color=[f"C{place}" for place in range(len(values))])
         axes.bar_label(bars, fmt=f"{{:,.{digits}f}}", padding=4)
         axes.set(xlabel=label, xlim=(0, 1.25 * max(values)))
-        axes.xaxis.set_major_formatter(f"{{x:,.{digits}f}}")
+        axes.xaxis.set_major_formatter("{x:,g}")
         axes.invert_yaxis()
     return figure
 

@@ -53,7 +53,7 @@ class Arm:
             ValueError: an unknown pattern or option.
         """
         pattern, *options = name.strip().split("+")
-        if pattern not in PATTERNS or set(options) - {"reset", "bos"}:
+        if pattern not in PATTERNS or set(options) - {"reset", "bos"} or len(options) != len(set(options)):
             raise ValueError(
                 f"arm must be one of {', '.join(PATTERNS)}, with +reset or +bos behind it, got {name!r}; "
                 "for example intra_doc+reset."
@@ -123,7 +123,8 @@ def run_arm(spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: Sequence
 
     set_seed(spec.seed)
     # A BOS per document makes rows longer, by one token a document at most: positions must reach there.
-    model = create_model(spec.model, spec.vocab_size, 2 * spec.seq_len, spec.anchor_token_id)
+    max_positions = spec.seq_len * (2 if spec.arm.bos_per_document else 1)
+    model = create_model(spec.model, spec.vocab_size, max_positions, spec.anchor_token_id)
     wrap(model, pattern=spec.arm.pattern, engine=spec.engine, rope_precision=spec.arm.rope_precision)
     collator = collator_of(spec)
     training = _train(spec, model, rows, collator)

@@ -50,8 +50,13 @@ def _read_file(path: Path, name: str, text_column: str) -> Iterator[Found | Skip
             yield _decoded(name, name, text)
         return
     rows = _json_rows(path, name) if file_format == "json" else _parquet_rows(path, name, text_column)
+    found = False
     try:
-        yield from rows
+        for row in rows:
+            found = True
+            yield row
+        if not found:
+            yield Skipped(name, "empty file")
     except Exception as error:  # how many documents are behind this point is unknown, so that it must not pass
         raise ValueError(
             f"source must be readable to its end, got {name!r} ({one_line(error)}); "

@@ -37,12 +37,14 @@ def bench_command(
     """Time our engines against named rivals on the same row, after a parity check in the same run."""
     from anchor_attn import bench
     from anchor_attn.masks import PackedLayout
-    from anchor_attn.results import check_device, describe_environment, write_csv
+    from anchor_attn.results import check_device, check_folder, describe_environment, write_csv
     from anchor_attn.train.presets import SIZES
 
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}; pass 5.")
     check_device(device)
+    out = Path(f"runs/bench-{subject}") if out is None else out
+    check_folder(out)
     if seq_len is None:
         seq_len = {Subject.attention: 16_384, Subject.step: 8_192}[subject]
     lengths = bench.draw_lengths(seq_len - 1, shortest, longest, seed)
@@ -63,7 +65,6 @@ def bench_command(
         "seed": seed,
         "rounds": rounds,
     }
-    out = Path(f"runs/bench-{subject}") if out is None else out
     write_csv(out / "bench.csv", records, meta)
     if as_json:
         typer.echo(json.dumps({"meta": meta, "records": records}, indent=1))

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-TERMINAL_COLUMNS = 7  # the rest of the report's columns would not fit 80 characters
+TERMINAL_COLUMNS = 6  # the rest of the report's columns would not fit 80 characters
 
 
 def compare_command(
@@ -72,10 +72,12 @@ def compare_command(
         return
     console = Console()
     table = Table(box=box.SIMPLE_HEAD, caption="losses in nats per labelled token, times are medians")
-    for place, name in enumerate(HEADER[:TERMINAL_COLUMNS]):
-        table.add_column(name, justify="right" if place else "left", no_wrap=True)
-    for row in table_rows(result):
-        table.add_row(*row[:TERMINAL_COLUMNS])
+    rows = [row[:TERMINAL_COLUMNS] for row in table_rows(result)]
+    for place, cells in enumerate(zip(HEADER, *rows, strict=False)):
+        # A number is never cut short: in a narrow terminal the table runs over its edge.
+        table.add_column(cells[0], justify="right" if place else "left", min_width=max(map(len, cells)))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     for sentence in findings(result):
         console.print(sentence, highlight=False)

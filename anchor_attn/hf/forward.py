@@ -125,7 +125,7 @@ def attention_forward(
         return _attention_before(module, settings.previous)(module, query, key, value, mask, **kwargs)
     if kwargs.get("dropout"):
         raise ValueError(
-            f"attention dropout must be 0 under anchor_attn, got {kwargs['dropout']}; set config.attention_dropout = 0."
+            f"attention dropout must be 0 under anchor_attn, got {kwargs['dropout']}; set it to 0 in the config."
         )
     window = kwargs.get("sliding_window")
     if isinstance(attention_mask, DeferredMask) and attention_mask.local_size != window:
