@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES, REFUSED
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from anchor_attn.train.presets import create_model
 
@@ -34,9 +36,17 @@ def test_every_refused_family_is_named():
         assert name.removesuffix("_text").replace("_", "") in spoken, name
 
 
+def byte_level_tokenizer():
+    vocabulary = {symbol: place for place, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<s>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[0])
 def test_the_snippets_run(snippet, tmp_path):
     create_model("tiny", 257, 4096, 256).save_pretrained(tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path)
     exec(snippet.replace("path/to/model", str(tmp_path)), {})
 
 

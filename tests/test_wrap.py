@@ -428,9 +428,7 @@ def test_a_bfloat16_model_with_a_float32_rotary_module_trains(plain):
 def test_attention_dropout_raises_in_training_and_not_in_evaluation():
     model = wrap(tiny_model("llama", torch.float32, attention_dropout=0.1))
     logits_of(model, document_ids=LAYOUT)
-    with pytest.raises(
-        ValueError, match=r"^attention dropout must be 0 under anchor_attn, got 0\.1; set it to 0"
-    ):
+    with pytest.raises(ValueError, match=r"^attention dropout must be 0 under anchor_attn, got 0\.1; set it to 0"):
         model.train()(input_ids=TOKENS, document_ids=LAYOUT)
 
 
