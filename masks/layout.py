@@ -8,6 +8,7 @@ packed batch lives here, where it runs once.
 
 import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -263,11 +264,9 @@ def _checked_row_lengths(row: Iterable[int], index: int) -> tuple[int, ...]:
 
 def checked_int(value: Any, name: str) -> int:
     """`value` as an int; TypeError for a bool and for whatever is no integer."""
-    if not isinstance(value, bool):
-        try:
+    with suppress(TypeError):  # said below, with the caller's own value
+        if not isinstance(value, bool):
             return operator.index(value)
-        except TypeError:
-            pass  # said below, with the caller's own value
     raise TypeError(f"{name} must be an integer, got {value!r}; pass a whole number.")
 
 

@@ -1,5 +1,5 @@
-"""One thread a test: torch's threads spin while they wait, and on a busy machine that costs more than they bring."""
+"""One thread a test: bit for bit needs one order of summation, and on a busy machine threads wait for each other."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start; before torch is imported here
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for this process, torch not being imported yet, and those it starts

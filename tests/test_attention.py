@@ -44,15 +44,6 @@ NO_ANCHOR = {
 every_row = pytest.mark.parametrize("layout", [pytest.param(rows, id=name) for name, rows in ROWS.items()])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Two test runs on two cores wait longer for each other's threads than these small tensors take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_states(layout, num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8, dtype=torch.float32, sinks=False):
     """query, key, value and sinks (or None), the same for the same arguments."""
     torch.manual_seed(0)

@@ -91,6 +91,21 @@ def test_the_arms_start_from_the_same_weights_and_another_seed_from_others(rows,
     assert not torch.equal(weights["anchor", 0], weights["anchor", 1])
 
 
+def test_the_held_out_loss_depends_on_the_weights_and_not_on_the_arm(rows, spec, held_out, monkeypatch):
+    untrained = run_room.Training([{"step": 1, "loss": 1.0, "tokens": 1, "seconds": 1.0}], [1], [1])
+    monkeypatch.setattr(run_room, "_train", lambda *_: untrained)
+    records = {name: run_arm(replace(spec, arm=Arm.parse(name), steps=1), rows, rows, held_out) for name in ARMS}
+    full, own_mask = records["full"], "held_out_loss_as_trained"
+    for record in records.values():
+        assert record["held_out_loss"] == pytest.approx(full["held_out_loss"], rel=1e-6)
+    assert records["intra_doc"][own_mask] != pytest.approx(full["held_out_loss"], rel=1e-5)
+    for name in ("full", "anchor", "intra_doc+bos"):  # a BOS of its own is to a document what the anchor is
+        assert records[name][own_mask] == pytest.approx(full["held_out_loss"], rel=1e-5)
+    packed = {name: record["held_out_loss_packed"] for name, record in records.items()}
+    assert len({round(packed[name], 4) for name in ("full", "intra_doc", "anchor")}) == 3
+    assert packed["intra_doc+reset"] == pytest.approx(packed["intra_doc"], rel=1e-5)  # RoPE is relative in float32
+
+
 def test_two_runs_of_a_seed_are_bit_equal_and_another_arm_is_not(rows, spec, held_out):
     first, second = (run_arm(spec, rows, rows, held_out) for _ in range(2))
     losses = [[step["loss"] for step in record["curve"]] for record in (first, second)]

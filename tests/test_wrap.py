@@ -24,15 +24,6 @@ LAYOUT = PackedLayout.from_lengths([[7, 5, 1], [4, 6]], seq_len=15)
 TOKENS = torch.randint(3, VOCAB_SIZE, LAYOUT.document_ids.shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Bit for bit needs one order of summation, and small tensors gain nothing from a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def plain():
     """A llama of two layers, float32, eval mode."""

@@ -20,15 +20,6 @@ LAYOUT = PackedLayout.from_lengths([[9, 6, 1, 11], [3, 17, 2]], seq_len=30)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Bit for bit needs one order of summation, and small tensors gain nothing from a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tolerance(family):
     """How far apart two ways of computing the same logits may be, relative to the largest."""
     # Its eager attention, the only one that knows softcap, takes the softmax in float32.

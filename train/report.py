@@ -63,8 +63,8 @@ def findings(result: "Result") -> list[str]:
     if len(differences) > 1 and differences[0].low is not None:
         sentences.append(f"{len(differences)} pairs, each at 95 % by itself: one in twenty errs by chance.")
     for arm in result.arms:
-        as_trained = float(np.mean([record["held_out_loss_as_trained"] for record in result.of_arm(arm)]))
-        if Arm.parse(arm).pattern == "intra_doc":
+        if Arm.parse(arm).pattern == "intra_doc" and not Arm.parse(arm).bos_per_document:
+            as_trained = float(np.mean([record["held_out_loss_as_trained"] for record in result.of_arm(arm)]))
             sentences.append(
                 f"{arm} meets the anchor in the held-out loss for the first time; the same documents under its own "
                 f"mask, which does not show it, give {as_trained:.3f}."
