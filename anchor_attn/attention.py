@@ -26,6 +26,7 @@ def anchor_attention(
     sliding_window: int | None = None,
     keep_anchor: bool = True,
     sinks: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention over packed documents that see themselves and one shared anchor.
 
@@ -46,6 +47,7 @@ def anchor_attention(
         keep_anchor: the anchor stays visible outside the window; otherwise it is an ordinary token directly before
             each document.
         sinks: a learned logit a query head [H] that joins every softmax without a value, as gpt-oss has it.
+        dropout: the share of weights that is dropped, in [0, 1); pass 0 in an evaluation.
 
     Returns:
         [B, H, S, V]; zeros at padding, which also gets no gradient.
@@ -61,6 +63,8 @@ def anchor_attention(
         raise ValueError(f"softcap must be above 0 and finite, got {softcap}; pass None for no softcap.")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}; pass None for 1/√D.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}; pass 0.0 for no dropout.")
     chosen = choose_engine(engine)
     request = Request(
         pattern=pattern,
@@ -69,6 +73,7 @@ def anchor_attention(
         sliding_window=sliding_window,
         keep_anchor=keep_anchor,
         sinks=sinks,
+        dropout=dropout,
     )
     if chosen == "flex":
         from anchor_attn.engines import flex  # brings half of torch's compiler with it

@@ -17,6 +17,7 @@ class Request:
     sliding_window: int | None = None
     keep_anchor: bool = True
     sinks: Tensor | None = None
+    dropout: float = 0.0
 
     @property
     def mask_key(self) -> tuple[Pattern, int | None, bool]:

@@ -6,6 +6,7 @@ Runs on every device and in float64, differentiates itself, and is what the othe
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anchor_attn.masks import PackedLayout, dense_mask
@@ -22,7 +23,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, requ
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, request: Request) -> Tensor:
-    """softmax(cap(scale · Q Kᵀ)) V over the allowed pairs, with an optional learned sink a head.
+    """softmax(cap(scale · Q Kᵀ)) V over the allowed pairs, with an optional learned sink a head and dropout of weights.
 
     Low-precision inputs are computed in float32 and cast back at the end.
 
@@ -31,7 +32,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, re
         key: [B, K, N, D].
         value: [B, K, N, V].
         mask: bool, broadcast to [B, H, Q, N], True where a query may attend; no query may be left without a key.
-        request: scale, softcap and sinks.
+        request: scale, softcap, sinks and dropout.
 
     Returns:
         [B, H, Q, V] in the dtype of `value`.
@@ -50,6 +51,6 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, re
             # The sink is a logit without a value: it takes its share of the softmax and gives nothing.
             sinks = request.sinks.to(compute).view(1, -1, 1, 1).expand(batch, num_heads, q_len, 1)
             scores = torch.cat((scores, sinks), dim=-1)
-        weights = scores.softmax(dim=-1)[..., :kv_len]
+        weights = F.dropout(scores.softmax(dim=-1)[..., :kv_len], request.dropout)
         out = weights.reshape(batch, num_kv_heads, -1, q_len, kv_len) @ value.to(compute)[:, :, None]
         return out.reshape(batch, num_heads, q_len, -1).to(value.dtype)
