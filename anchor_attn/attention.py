@@ -1,17 +1,14 @@
 """One attention call for every engine: check, choose, call."""
 
 import math
-from typing import Literal
 
 from torch import Tensor
 
 from anchor_attn.engines import reference, varlen
+from anchor_attn.engines.choice import check_engine, choose_route
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.patterns import Pattern, check_pattern
-from anchor_attn.request import Request
-
-Engine = Literal["auto", "reference", "flex", "varlen"]
-ENGINES = ("reference", "flex", "varlen")
+from anchor_attn.request import Request, create_call
 
 
 def anchor_attention(
@@ -20,7 +17,7 @@ def anchor_attention(
     value: Tensor,
     layout: PackedLayout,
     pattern: Pattern = "anchor",
-    engine: Engine = "auto",
+    engine: str = "auto",
     scale: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
@@ -40,7 +37,8 @@ def anchor_attention(
         layout: the packed batch, on the tensors' device.
         pattern: "full" (causal over the row), "intra_doc" (own document) or "anchor" (own document and the anchor).
         engine: "reference" (dense, the oracle), "flex" (FlexAttention; on a CPU without gradients), "varlen" (a
-            document at a time) or "auto". A named engine never falls back to another.
+            document at a time), one of them with its kernel or form ("varlen/flash_attn_2", "flex/merge"), or "auto",
+            the fastest measured that can. What is named never falls back to another.
         scale: of the scores; 1/√D when None.
         softcap: c · tanh(score / c), as Gemma 2 has it.
         sliding_window: the current token and this many less one before it, of the same document ("full": of the row).
@@ -54,10 +52,12 @@ def anchor_attention(
 
     Raises:
         TypeError: no layout where one is asked for.
-        ValueError: shapes or devices that do not fit, a softcap or scale without meaning, or an unknown pattern or
-            engine.
+        ValueError: shapes or devices that do not fit, a softcap, scale or dropout without meaning, an unknown pattern
+            or engine, or one that has not what is asked for.
+        ImportError: a named kernel that cannot be called here.
     """
     check_pattern(layout, pattern, sliding_window)
+    check_engine(engine)
     _check_tensors(query, key, value, layout, sinks)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be above 0 and finite, got {softcap}; pass None for no softcap.")
@@ -65,7 +65,6 @@ def anchor_attention(
         raise ValueError(f"scale must be finite, got {scale}; pass None for 1/√D.")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}; pass 0.0 for no dropout.")
-    chosen = choose_engine(engine)
     request = Request(
         pattern=pattern,
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
@@ -75,24 +74,15 @@ def anchor_attention(
         sinks=sinks,
         dropout=dropout,
     )
-    if chosen == "flex":
+    call = create_call(query, key, value, layout, request)
+    route = layout.plan(("route", engine, call), lambda: choose_route(engine, call))
+    if route.engine == "reference":
+        return reference.attend(query, key, value, layout, request)
+    if route.engine == "flex":
         from anchor_attn.engines import flex  # brings half of torch's compiler with it
 
-        return flex.attend(query, key, value, layout, request)
-    engine_module = reference if chosen == "reference" else varlen
-    return engine_module.attend(query, key, value, layout, request)
-
-
-def choose_engine(engine: str) -> str:
-    """The engine that a name stands for; "auto" is the fastest that is here.
-
-    Raises:
-        ValueError: an unknown engine.
-    """
-    if engine != "auto" and engine not in ENGINES:
-        known = ("auto", *ENGINES)
-        raise ValueError(f"engine must be one of {known}, got {engine!r}; pass one of them.")
-    return "varlen" if engine == "auto" else engine
+        return flex.attend(query, key, value, layout, request, route)
+    return varlen.attend(query, key, value, layout, request, route)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, sinks: Tensor | None) -> None:
@@ -125,3 +115,12 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayo
         raise ValueError(
             f"sinks must have one logit a query head [{query.shape[1]}], got {list(sinks.shape)}; pass shape [H]."
         )
+
+
+Engine = str
+
+
+def choose_engine(engine: str) -> str:
+    """The engine's name, checked."""
+    check_engine(engine)
+    return "varlen" if engine == "auto" else engine

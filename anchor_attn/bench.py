@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anchor_attn.attention import Engine, anchor_attention
+from anchor_attn.attention import anchor_attention
 from anchor_attn.masks import PATTERNS, PackedLayout, attended_pairs
 from anchor_attn.masks.patterns import Pattern
 from anchor_attn.results import CheckError
@@ -186,7 +186,7 @@ def check_parity(num_heads: int, head_dim: int, device: str, seed: int) -> float
     worst = 0.0
     for pattern in PATTERNS:
         results = []
-        precisions: dict[Engine, torch.dtype] = {"reference": torch.float64, "varlen": torch.float32}
+        precisions = {"reference": torch.float64, "varlen": torch.float32}
         for engine, dtype in precisions.items():
             query, key, value = (tensor.to(dtype).requires_grad_() for tensor in inputs[:3])
             out = anchor_attention(query, key, value, layout, pattern, engine)

@@ -318,7 +318,7 @@ def standin(form, dtypes=HALF):
             module = types.ModuleType(path)
             for function in functions:
                 setattr(module, function.__name__, recorded(function, calls))
-            stack.enter_context(mock.patch.dict(sys.modules, {path: module}))
+            stack.enter_context(installed(path, module))
         if kernel.name == "varlen_attn":
             library = torch.library.Library("aten", "IMPL")
             stack.callback(library._destroy)
@@ -326,6 +326,19 @@ def standin(form, dtypes=HALF):
                 library.impl(name, function, "CPU")
         stack.enter_context(mock.patch.multiple(kernel, create=True, device_types=("cpu", "cuda"), dtypes=dtypes))
         yield calls
+
+
+@contextlib.contextmanager
+def installed(path, module):
+    """A module to import; mock.patch.dict would forget what else is imported meanwhile, and torch cannot do it twice."""
+    before = sys.modules.get(path)
+    sys.modules[path] = module
+    try:
+        yield
+    finally:
+        del sys.modules[path]
+        if before is not None:
+            sys.modules[path] = before
 
 
 def recorded(function, calls):

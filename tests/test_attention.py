@@ -1,7 +1,6 @@
 """Both engines against textbook attention in float64, forward and every gradient, and the relations they must keep."""
 
 import itertools
-import logging
 import math
 import re
 from unittest import mock
@@ -15,14 +14,15 @@ from hypothesis import strategies as st
 from strategies import anchored_layouts, attended_by_definition, interleaved_layouts, layouts, quick, requests
 
 from anchor_attn import PackedLayout, anchor_attention
-from anchor_attn.attention import choose_engine
 from anchor_attn.engines import reference, varlen
+from anchor_attn.engines.kernels import plan, segments
 from anchor_attn.masks import PATTERNS, dense_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 NAMES = ("query", "key", "value", "sinks")
 
-every_engine = pytest.mark.parametrize("engine", ["reference", "varlen"])
+# The merge has tests of its own.
+every_engine = pytest.mark.parametrize("engine", ["reference", "varlen/gather"])
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 ROWS = {
@@ -163,7 +163,7 @@ def test_any_small_batch_equals_attention_over_the_definition(
     kv_heads, group = kv_heads_and_group
     states = random_states(layout, kv_heads * group, kv_heads, 4, value_dim, torch.float64, sinks)
     mask = torch.tensor(attended_by_definition(layout.document_ids.tolist(), pattern, window, keep_anchor))
-    with mock.patch.object(varlen, "CHUNK_TOKENS", chunk_tokens):
+    with mock.patch.object(segments, "CHUNK_TOKENS", chunk_tokens):
         assert_equals_plain_attention(
             engine, layout, states, mask, pattern, atol=1e-12, window=window, keep_anchor=keep_anchor,
             softcap=softcap, scale=scale,
@@ -175,10 +175,10 @@ def test_any_small_batch_equals_attention_over_the_definition(
 @every_pattern
 def test_windows_across_chunks_of_queries_equal_textbook_attention(pattern, window, keep_anchor):
     layout = PackedLayout.from_lengths([[521, 700], [1213]], anchor_tokens=2, seq_len=1225)
-    assert layout.seq_len > 2 * varlen.CHUNK_TOKENS
+    assert layout.seq_len > 2 * segments.CHUNK_TOKENS
     mask = dense_mask(layout, pattern, window, keep_anchor)
     assert_equals_plain_attention(
-        "varlen", layout, random_states(layout, 2, 1, 4, 4, torch.float64), mask, pattern,
+        "varlen/gather", layout, random_states(layout, 2, 1, 4, 4, torch.float64), mask, pattern,
         window=window, keep_anchor=keep_anchor,
     )  # fmt: skip
 
@@ -340,7 +340,7 @@ def test_the_anchors_outputs_are_equal_in_every_row(engine, pattern, features):
     anchors = anchor_attention(*states, layout, pattern, engine, **features)[:, :, :3]
 
     # Bit for bit where every row is computed alike; varlen's kernel cuts a longer segment into other blocks.
-    torch.testing.assert_close(anchors[:1].expand_as(anchors), anchors, rtol=0, atol=5e-7 * (engine == "varlen"))
+    torch.testing.assert_close(anchors[:1].expand_as(anchors), anchors, rtol=0, atol=5e-7 * (engine == "varlen/gather"))
 
 
 @every_engine
@@ -384,7 +384,7 @@ def test_an_interleaved_row_equals_the_same_row_sorted_by_document(engine, layou
 
 @pytest.mark.parametrize(
     ("engine", "module", "builder"),
-    [("reference", reference, "dense_mask"), ("varlen", varlen, "create_varlen_plan")],
+    [("reference", reference, "dense_mask"), ("varlen", plan, "to_varlen")],
 )
 def test_a_plan_is_built_once_a_layout_and_setting(monkeypatch, engine, module, builder):
     counted = mock.Mock(wraps=getattr(module, builder))
@@ -436,14 +436,6 @@ def test_a_plan_made_in_inference_mode_serves_training():
 # --- engines by name -------------------------------------------------------------------------------------------------
 
 
-def test_auto_is_the_varlen_engine():
-    assert choose_engine("auto") == "varlen"
-    layout = ROWS["rows-that-differ"]
-    states = random_states(layout)[:3]
-
-    assert torch.equal(anchor_attention(*states, layout), anchor_attention(*states, layout, engine="varlen"))
-
-
 @pytest.mark.parametrize(("named", "module"), [("reference", reference), ("varlen", varlen)])
 def test_a_named_engine_never_falls_back(monkeypatch, named, module):
     other = reference if module is varlen else varlen
@@ -453,14 +445,6 @@ def test_a_named_engine_never_falls_back(monkeypatch, named, module):
 
     with pytest.raises(RuntimeError, match=r"^this engine broke$"):
         anchor_attention(*random_states(layout)[:3], layout, engine=named)
-
-
-def test_a_call_logs_nothing(caplog):
-    layout = ROWS["one-token"]
-    with caplog.at_level(logging.DEBUG):
-        anchor_attention(*random_states(layout)[:3], layout)
-
-    assert not caplog.records
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -525,7 +509,8 @@ BAD_CALLS = [
     ),
     (
         "an engine that is not there", states_of(), {"engine": "dense"},
-        "engine must be one of ('auto', 'reference', 'flex', 'varlen'), got 'dense'; pass one of them.",
+        "engine must be one of ('auto', 'reference', 'flex', 'varlen'), or a route such as 'varlen/sdpa/gather', "
+        "got 'dense'; pass one of them.",
     ),
     (
         "an unknown pattern", states_of(), {"pattern": "document"},

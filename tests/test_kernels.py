@@ -5,21 +5,17 @@ The GPU kernels are stand-ins with their real signatures (standins.py); per-docu
 
 import contextlib
 import inspect
-import re
-import sys
-from unittest import mock
 
 import pytest
 import torch
 from budget import assert_within_budget, plain_attention
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from standins import HALF, MODULES, on_a_gpu, standin
 from strategies import layouts, quick, requests
 
-from anchor_attn import PackedLayout, anchor_attention
-from anchor_attn.engines import varlen
-from anchor_attn.engines.kernels import KERNELS, Scoring, attend_gathered, choose_kernel, create_kernel_plan
+from anchor_attn import PackedLayout
+from anchor_attn.engines.kernels import KERNELS, Scoring, attend_gathered, create_kernel_plan
 from anchor_attn.masks import PATTERNS, dense_mask
 
 CPU = torch.device("cpu")
@@ -170,6 +166,42 @@ def test_dropout_is_handed_on():
     assert not torch.allclose(dropped, kept)
 
 
+# --- the gather ------------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(layouts(), st.sampled_from(PATTERNS))
+def test_the_gathers_gradient_is_that_of_index_select(layout, pattern):
+    if pattern == "anchor" and not layout.anchor_tokens:
+        return
+    plan = create_kernel_plan(layout, pattern)
+    states = torch.randn(layout.batch_size, 2, layout.seq_len, 3, dtype=torch.float64, requires_grad=True)
+    flat = states.transpose(1, 2).flatten(0, 1)
+    for ours, indices in [
+        (plan.pack_queries(states), plan.segments.q_indices),
+        (plan.pack_keys(states), plan.segments.k_indices),
+    ]:
+        theirs = flat.index_select(0, indices)
+        weights = torch.randn_like(theirs)
+        one, two = (torch.autograd.grad(part, states, weights, retain_graph=True)[0] for part in (ours, theirs))
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+def test_the_gradient_of_an_anchor_before_a_thousand_documents_is_rounded_once():
+    layout = PackedLayout.from_lengths([[1] * 1001, [1] * 501], anchor_tokens=2)
+    plan = create_kernel_plan(layout, "anchor")
+    states = torch.zeros(2, 1, layout.seq_len, 4, dtype=torch.bfloat16, requires_grad=True)
+    keys = plan.pack_keys(states)
+    torch.manual_seed(0)
+    gradient = torch.rand_like(keys)
+    keys.backward(gradient)
+    exact = torch.zeros(2 * layout.seq_len, 1, 4, dtype=torch.float64)
+    exact.index_add_(0, plan.segments.k_indices, gradient.double())
+
+    assert torch.equal(states.grad.transpose(1, 2).flatten(0, 1), exact.bfloat16())
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
@@ -275,117 +307,3 @@ def test_an_installed_package_has_the_signatures_that_we_stand_in_for(form):
         assert [(p.name, p.default) for p in theirs] == [
             (p.name, p.default) for p in inspect.signature(ours).parameters.values()
         ]
-
-
-# --- choice ----------------------------------------------------------------------------------------------------------
-
-
-def test_auto_is_the_first_that_is_present():
-    assert list(KERNELS) == ["flash_attn_3", "flash_attn_4", "flash_attn_2", "varlen_attn", "sdpa"]
-    asked = CPU, torch.bfloat16, 64, Scoring(0.125)
-    assert choose_kernel("auto", *asked).name == "sdpa"
-    with standin("varlen_attn"):
-        assert choose_kernel("auto", *asked).name == "varlen_attn"
-        with standin("flash_attn_2"), standin("flash_attn_4"):
-            assert choose_kernel("auto", *asked).name == "flash_attn_4"
-
-
-def test_auto_passes_over_a_kernel_that_cannot():
-    with standin("varlen_attn"), standin("flash_attn_4"):
-        assert choose_kernel("auto", CPU, torch.bfloat16, 192, Scoring(0.1)).name == "varlen_attn"
-        assert choose_kernel("auto", CPU, torch.bfloat16, 192, Scoring(0.1, softcap=30.0)).name == "sdpa"
-        assert choose_kernel("auto", CPU, torch.float32, 64, Scoring(0.1)).name == "sdpa"
-
-
-@pytest.mark.parametrize(
-    ("capability", "chosen"), [((7, 5), "sdpa"), ((9, 0), "flash_attn_3"), ((10, 0), "flash_attn_4")], ids=str
-)
-def test_auto_follows_what_the_kernels_are_built_for(monkeypatch, capability, chosen):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    with standin("flash_attn_3"), standin("flash_attn_4"), standin("flash_attn_2"), standin("varlen_attn"):
-        assert choose_kernel("auto", torch.device("cuda"), torch.bfloat16, 64, Scoring(0.125)).name == chosen
-
-
-CUDA_ONLY = "flash_attn_3 runs on cuda, flash_attn_4 runs on cuda, flash_attn_2 runs on cuda, varlen_attn runs on cuda"
-
-REFUSED = [
-    ("an unknown kernel", ValueError, {"name": "xformers"},
-     "kernel must be one of ('auto', 'flash_attn_3', 'flash_attn_4', 'flash_attn_2', 'varlen_attn', 'sdpa'), "
-     "got 'xformers'; pass one of them."),
-    ("a kernel for CUDA on a CPU", ImportError, {"name": "flash_attn_2"},
-     "kernel='flash_attn_2' must be callable on cpu, got a kernel that runs on cuda; move the tensors, or pass "
-     "kernel='sdpa'."),
-    ("float32 for flash", ValueError, {"name": "flash_attn_3", "dtype": torch.float32},
-     "kernel='flash_attn_3' must have what is asked for, got torch.float32, which it has not; "
-     "use kernel='sdpa' or engine='reference'."),
-    ("a softcap for varlen_attn", ValueError, {"name": "varlen_attn", "scoring": Scoring(0.1, softcap=30.0)},
-     "kernel='varlen_attn' must have what is asked for, got softcap=30.0, which it has not; use "
-     "kernel='flash_attn_3' or kernel='flash_attn_4' or kernel='flash_attn_2' or kernel='sdpa' or engine='reference'."),
-    ("wide heads for 4", ValueError, {"name": "flash_attn_4", "head_dim": 256},
-     "kernel='flash_attn_4' must have what is asked for, got a head size of 256, which it has not; use "
-     "kernel='flash_attn_3' or kernel='flash_attn_2' or kernel='varlen_attn' or kernel='sdpa' or engine='reference'."),
-    ("dropout for 3", ValueError, {"name": "flash_attn_3", "scoring": Scoring(0.1, dropout=0.5)},
-     "kernel='flash_attn_3' must have what is asked for, got dropout=0.5, which it has not; use "
-     "kernel='flash_attn_2' or kernel='sdpa'."),
-    ("dropout and a softcap", ValueError, {"name": "flash_attn_2", "scoring": Scoring(0.1, 30.0, dropout=0.5)},
-     "kernel='flash_attn_2' must have what is asked for, got dropout=0.5 with a softcap, which it has not; use "
-     "dropout=0.0."),
-    ("dropout and a merge", ValueError, {"name": "sdpa", "scoring": Scoring(0.1, dropout=0.5), "merged": True},
-     "kernel='sdpa' must have what is asked for, got dropout=0.5 with an anchor or a sink that is merged, which it has "
-     "not; use dropout=0.0."),
-    ("a log-sum-exp of SDPA elsewhere", ImportError, {"name": "sdpa", "device": torch.device("meta"), "merged": True},
-     "kernel='sdpa' must be callable on meta, got a kernel that gives its log-sum-exp on the CPU only; cast to "
-     "bfloat16 and pass a flash kernel."),
-    ("nobody", ValueError, {"name": "auto", "scoring": Scoring(0.1, 30.0), "merged": True},
-     f"kernel='auto' must find a kernel on cpu, got none: {CUDA_ONLY}, sdpa has no softcap=30.0 with an anchor or a "
-     "sink that is merged; use kernel='flash_attn_3' or kernel='flash_attn_4' or kernel='flash_attn_2' or "
-     "engine='reference'."),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("error", "asked", "message"), [pytest.param(*case, id=name) for name, *case in REFUSED])
-def test_what_a_kernel_has_not_is_said_in_one_line_that_names_who_has(error, asked, message):
-    defaults = {"device": CPU, "dtype": torch.bfloat16, "head_dim": 64, "scoring": Scoring(0.125)}
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        choose_kernel(**{**defaults, **asked})
-
-
-def test_a_named_kernel_that_is_not_installed_says_how_to_install_it(monkeypatch):
-    kernel = KERNELS["flash_attn_2"]
-    monkeypatch.setattr(kernel, "device_types", ("cpu",), raising=False)
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", None)
-    with pytest.raises(ImportError, match=r"got a kernel that cannot be imported \(.*\); pip install 'flash-attn>="):
-        choose_kernel("flash_attn_2", CPU, torch.bfloat16, 64, Scoring(0.125))
-
-
-def test_an_old_varlen_attn_without_windows_says_so():
-    with (
-        standin("varlen_attn with is_causal", EXACT),
-        pytest.raises(
-            ValueError, match=r"^sliding_window must be None for kernel='varlen_attn' of torch .*, got 3; up"
-        ),
-    ):
-        gathered("varlen_attn", LAYOUT, "anchor", Scoring(0.3, window=3))(*random_states(LAYOUT))
-
-
-# --- the engine that calls them --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("with_sinks", [False, True], ids=["no_sinks", "sinks"])
-@quick
-@given(drawn=requests(layouts()))
-def test_the_varlen_engine_computes_the_same_through_a_kernel(drawn, with_sinks):
-    layout, pattern, sliding_window, keep_anchor = drawn
-    assume(any(layout.row_tokens))  # padding alone is zeros without a gradient
-    sinks = torch.linspace(-1, 1, 4, dtype=torch.float64) if with_sinks else None
-    results = []
-    for engine in ("reference", "varlen"):
-        query, key, value = random_states(layout)
-        with mock.patch.object(varlen, "_varlen_kernel", return_value=KERNELS["sdpa"]) as chosen:
-            out = anchor_attention(
-                query, key, value, layout, pattern, engine, None, None, sliding_window, keep_anchor, sinks
-            )
-        assert chosen.called == (engine == "varlen")
-        results.append([out, *torch.autograd.grad(out.sum(), (query, key, value), allow_unused=True)])
-    for expected, ours in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)

@@ -11,8 +11,8 @@ from standins import HALF, on_a_gpu, standin
 from strategies import anchored_layouts, layouts, quick, requests
 
 from anchor_attn import PackedLayout
-from anchor_attn.engines.kernels import KERNELS, Kernel, Scoring, attend_gathered, choose_kernel, create_kernel_plan
-from anchor_attn.engines.merge import anchor_visibility, attend_merged, must_merge
+from anchor_attn.engines.kernels import KERNELS, Kernel, Scoring, attend_gathered, create_kernel_plan
+from anchor_attn.engines.merge import anchor_visibility, attend_merged
 from anchor_attn.masks import PATTERNS, dense_mask
 from anchor_attn.request import Request
 
@@ -320,28 +320,3 @@ def test_a_second_derivative_is_refused_and_not_silently_wrong():
     gradient = torch.autograd.grad(out.square().sum(), states[0], create_graph=True)[0]
     with pytest.raises(RuntimeError, match=r"once_differentiable"):
         gradient.sum().backward()
-
-
-# --- when ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("request_", "merges"),
-    [
-        (Request("anchor", 1.0), False),
-        (Request("anchor", 1.0, sliding_window=4, keep_anchor=False), False),
-        (Request("anchor", 1.0, sliding_window=4), True),
-        (Request("intra_doc", 1.0, sliding_window=4), False),
-        (Request("full", 1.0, sinks=torch.zeros(2)), True),
-    ],
-    ids=["plain", "window over the anchor", "window, anchor kept", "window without an anchor", "sinks"],
-)
-def test_only_sinks_and_kept_anchors_must_merge(request_, merges):
-    assert must_merge(request_) is merges
-
-
-def test_a_kernel_for_the_merge_is_chosen_by_what_the_merge_needs():
-    asked = torch.device("cpu"), torch.bfloat16, 64, Scoring(0.125, 30.0)
-    assert choose_kernel("auto", *asked).name == "sdpa"
-    with standin("flash_attn_2"):
-        assert choose_kernel("auto", *asked, merged=True).name == "flash_attn_2"

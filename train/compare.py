@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from anchor_attn.attention import Engine, choose_engine
+from anchor_attn.engines.choice import check_engine
 from anchor_attn.masks.layout import PackedLayout
 from anchor_attn.results import CheckError, check_device, check_folder, describe_environment, write_json, write_jsonl
 from anchor_attn.train.documents import Documents, read_documents
@@ -66,7 +66,7 @@ class Comparison:
     learning_rate: float = 3e-3
     cut: Cut = "continue"
     held_out_rows: int = 12
-    engine: Engine = "auto"
+    engine: str = "auto"
     device: str = "cpu"
     dtype: str = "float32"
     out: Path = Path("runs/compare")
@@ -252,7 +252,7 @@ def _check(settings: Comparison) -> None:
     if settings.cut not in CUTS:
         raise ValueError(f"cut must be one of {CUTS}, got {settings.cut!r}; pass one of them.")
     check_model(settings.model)
-    choose_engine(settings.engine)
+    check_engine(settings.engine)
     check_device(settings.device)
     check_folder(settings.out)
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchor_attn.attention import Engine
 from anchor_attn.masks import PATTERNS, attended_pairs
 from anchor_attn.masks.dialects.copied import IGNORED_LABEL
 from anchor_attn.masks.layout import PositionPolicy
@@ -98,7 +97,7 @@ class RunSpec:
     steps: int
     batch_size: int
     learning_rate: float
-    engine: Engine
+    engine: str
     device: str
     dtype: str
     out: Path

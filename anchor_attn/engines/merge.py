@@ -29,13 +29,6 @@ from anchor_attn.masks.patterns import reach
 from anchor_attn.request import Request
 
 
-def must_merge(request: Request) -> bool:
-    """Whether a kernel can do it in no other way: learned sinks, or a window that the anchor stays visible outside."""
-    return request.sinks is not None or (
-        request.pattern == "anchor" and request.sliding_window is not None and request.keep_anchor
-    )
-
-
 def attend_merged(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, request: Request, kernel: Kernel
 ) -> Tensor:
@@ -47,7 +40,7 @@ def attend_merged(
         value: [B, K, S, V].
         layout: the packed batch, on the tensors' device.
         request: every pattern, window, softcap and sink.
-        kernel: what gives the log-sum-exp and takes it back; chosen with `merged=True`.
+        kernel: what gives the log-sum-exp and takes it back.
 
     Returns:
         [B, H, S, V]; zeros at padding, which also gets no gradient.
@@ -56,8 +49,7 @@ def attend_merged(
     if not plan.q_lens:
         return value.new_zeros(*query.shape[:3], value.shape[-1])
     visible = anchor_visibility(layout, request) if request.pattern == "anchor" else None
-    window = None if request.sliding_window is None else reach(layout, request.sliding_window)
-    call = _Call(plan, kernel, Scoring(request.scale, request.softcap, window))
+    call = _Call(plan, kernel, Scoring(request.scale, request.softcap, request.window(layout)))
     return _Merge.apply(query, key, value, request.sinks, visible, call)
 
 
@@ -80,6 +72,60 @@ def _anchor_visibility(layout: PackedLayout, request: Request) -> Tensor:
     return (in_document & (near | request.keep_anchor)) | ((ids == ANCHOR_ID) & ~near & request.keep_anchor)
 
 
+def score_anchors(query: Tensor, key: Tensor, visible: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """The anchor's scores [B, H, S, A], -inf where `visible` [B, S, A] is not; and the same before that mask.
+
+    In float32 at least.
+    """
+    compute = torch.promote_types(query.dtype, torch.float32)
+    # A product and a sum, which a compiler fuses: a matrix product would want the whole query in float32.
+    grouped = _grouped(query.to(compute), key)[:, :, :, :, None]
+    scores = (grouped * _anchor_rows(key, visible.shape[-1], compute)[:, :, :, None]).sum(-1)
+    scores = scores.flatten(1, 2) * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    return scores.masked_fill(~visible[:, None], -torch.inf), scores
+
+
+def join(out: Tensor, lse: Tensor, scores: Tensor | None, value: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Add anchors and sinks to a softmax that is already computed, exactly.
+
+    Args:
+        out: [B, H, S, V].
+        lse: [B, H, S], the natural log-sum-exp of its scores, finite.
+        scores: [B, H, S, A] of the anchors, the first A tokens of `value`; or None.
+        value: [B, K, S, V].
+        sinks: [H], a logit without a value; or None.
+
+    Returns:
+        out [B, H, S, V] and the log-sum-exp [B, H, S] of all, in float32 at least.
+    """
+    compute = torch.promote_types(out.dtype, torch.float32)
+    lse = lse.to(compute)[..., None]
+    terms = [lse]
+    if scores is not None:
+        terms.append(scores)
+    if sinks is not None:
+        terms.append(sinks.to(compute).view(1, -1, 1, 1).expand_as(lse))
+    merged = torch.cat(terms, dim=-1).logsumexp(dim=-1, keepdim=True)
+    joined = out.to(compute) * (lse - merged).exp()
+    if scores is not None:
+        weights = _grouped((scores - merged).exp(), value)[..., None]
+        anchors = _anchor_rows(value, scores.shape[-1], compute)[:, :, :, None]
+        joined = joined + (weights * anchors).sum(-2).flatten(1, 2)
+    return joined, merged[..., 0]
+
+
+def _grouped(states: Tensor, key: Tensor) -> Tensor:
+    """[B, H, …] as [B, K, G, …]."""
+    return states.unflatten(1, (key.shape[1], -1))
+
+
+def _anchor_rows(states: Tensor, anchor_tokens: int, compute: torch.dtype) -> Tensor:
+    """The anchor's keys or values, [B, K, 1, A, D]."""
+    return states[:, :, None, :anchor_tokens].to(compute)
+
+
 class _Call(NamedTuple):
     """What stays the same between the forward and the backward of one call."""
 
@@ -98,20 +144,9 @@ class _Merge(torch.autograd.Function):
         plan = call.plan
         q, k, v = (plan.pack_queries(states) for states in (query, key, value))
         own, sums = call.kernel.forward_with_lse(q, k, v, plan, call.scoring)
-        compute = torch.promote_types(query.dtype, torch.float32)
         with _as_written(query.device):
-            lse = _spread_lse(sums, plan).to(compute)
-            parts = [lse[..., None]]
-            if visible is not None:
-                scores, _ = _anchor_scores(query, key, visible, call.scoring)
-                parts.append(scores)
-            if sinks is not None:
-                parts.append(sinks.to(compute)[:, None, None].expand_as(lse[..., None]))
-            merged = torch.cat(parts, dim=-1).logsumexp(dim=-1)
-            out = plan.unpack_queries(own).to(compute) * (lse - merged).exp()[..., None]
-            if visible is not None:
-                weights = _grouped((scores - merged[..., None]).exp(), key)
-                out = out + (weights @ _anchor_rows(value, visible, compute)).flatten(1, 2)
+            scores = None if visible is None else score_anchors(query, key, visible, call.scoring)[0]
+            out, merged = join(plan.unpack_queries(own), _spread_lse(sums, plan), scores, value, sinks)
         out = out.to(value.dtype)
         ctx.call = call
         ctx.save_for_backward(query, key, value, sinks, visible, out, merged)
@@ -153,26 +188,6 @@ def _spread_lse(sums: Tensor, plan: KernelPlan) -> Tensor:
     return plan.unpack_queries(sums.T[..., None])[..., 0]
 
 
-def _grouped(states: Tensor, key: Tensor) -> Tensor:
-    """[B, H, …] as [B, K, G, …]."""
-    return states.unflatten(1, (key.shape[1], -1))
-
-
-def _anchor_rows(states: Tensor, visible: Tensor, compute: torch.dtype) -> Tensor:
-    """The anchor's keys or values, [B, K, 1, A, D]."""
-    return states[:, :, None, : visible.shape[-1]].to(compute)
-
-
-def _anchor_scores(query: Tensor, key: Tensor, visible: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
-    """The anchor's scores [B, H, S, A] with -inf where it is not seen, and the same before the mask."""
-    compute = torch.promote_types(query.dtype, torch.float32)
-    scores = _grouped(query.to(compute), key) @ _anchor_rows(key, visible, compute).mT
-    scores = scores.flatten(1, 2) * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    return scores.masked_fill(~visible[:, None], -torch.inf), scores
-
-
 def _anchor_gradients(
     dout: Tensor,
     query: Tensor,
@@ -185,15 +200,16 @@ def _anchor_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The anchor's part of the gradients: of the queries [B, H, S, D], its keys [B, K, A, D] and values."""
     compute = merged.dtype
-    scores, unmasked = _anchor_scores(query, key, visible, scoring)
+    anchor_tokens = visible.shape[-1]
+    scores, unmasked = score_anchors(query, key, visible, scoring)
     weights = (scores - merged[..., None]).exp()
     grouped_dout = _grouped(dout.to(compute), key)
-    dweights = (grouped_dout @ _anchor_rows(value, visible, compute).mT).flatten(1, 2)
+    dweights = (grouped_dout @ _anchor_rows(value, anchor_tokens, compute).mT).flatten(1, 2)
     dscores = weights * (dweights - delta[..., None]) * scoring.scale
     if scoring.softcap is not None:
         dscores = dscores * (1 - (unmasked / scoring.softcap).square())
     grouped = _grouped(dscores, key)
-    dquery = (grouped @ _anchor_rows(key, visible, compute)).flatten(1, 2)
+    dquery = (grouped @ _anchor_rows(key, anchor_tokens, compute)).flatten(1, 2)
     dkey = (grouped.mT @ _grouped(query.to(compute), key)).sum(dim=2)
     dvalue = (_grouped(weights, key).mT @ grouped_dout).sum(dim=2)
     return dquery, dkey, dvalue

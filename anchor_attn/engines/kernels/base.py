@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from anchor_attn.engines.kernels.plan import KernelPlan
+from anchor_attn.request import Call
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scoring:
     """What a kernel makes of the scores.
 
@@ -24,12 +25,16 @@ class Scoring:
         scale: of the products.
         softcap: c · tanh(score / c), or None.
         window: the current token and this many less one before it, by places among the segment's keys; or None.
+        kept: the keys in front of a segment that stay visible outside the window.
+        sinks: [H], a logit a query head that joins every softmax without a value; or None.
         dropout: the share of weights that is dropped; 0 in an evaluation.
     """
 
     scale: float
     softcap: float | None = None
     window: int | None = None
+    kept: int = 0
+    sinks: Tensor | None = None
     dropout: float = 0.0
 
 
@@ -58,29 +63,25 @@ class Kernel(ABC):
     def absence(self, device: torch.device, merged: bool = False) -> str | None:
         """Why the kernel cannot be called on `device`, with what to do about it; None where it can."""
 
-    def refusal(self, dtype: torch.dtype, head_dim: int, scoring: Scoring, merged: bool = False) -> str | None:
+    def refusal(self, call: Call, merged: bool = False) -> str | None:
         """What is asked for and the kernel has not, in words that follow "got"; None where it has everything.
 
         Args:
-            dtype: of query, key and value.
-            head_dim: the wider of head size and value size.
-            scoring: what is to be made of the scores.
-            merged: whether the log-sum-exp and its backward are asked for.
+            call: what is to be computed.
+            merged: whether the anchor and sinks are joined after it, which takes the log-sum-exp and its backward.
         """
-        if dtype not in self.dtypes:
-            return f"{dtype}"
-        if self.max_head_dim is not None and head_dim > self.max_head_dim:
-            return f"a head size of {head_dim}"
-        if scoring.window is not None and not self.window:
-            return f"sliding_window={scoring.window}"
-        if scoring.softcap is not None and not self.softcap:
-            return f"softcap={scoring.softcap}"
-        if scoring.dropout and not self.dropout:
-            return f"dropout={scoring.dropout}"
-        if scoring.dropout and scoring.softcap is not None:
-            return f"dropout={scoring.dropout} with a softcap"
-        if scoring.dropout and merged:
-            return f"dropout={scoring.dropout} with an anchor or a sink that is merged"
+        if call.dtype not in self.dtypes:
+            return f"{call.dtype}"
+        if self.max_head_dim is not None and call.head_dim > self.max_head_dim:
+            return f"a head size of {call.head_dim}"
+        if call.window is not None and not self.window:
+            return f"sliding_window={call.window}"
+        if call.softcap is not None and not self.softcap:
+            return f"softcap={call.softcap}"
+        if call.dropout and not self.dropout:
+            return f"dropout={call.dropout}"
+        if call.dropout and merged:
+            return f"dropout={call.dropout} with an anchor or a sink that is merged"
         return None
 
     @abstractmethod

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from anchor_attn.engines.kernels.base import Kernel, Scoring
 from anchor_attn.engines.kernels.plan import KernelPlan
+from anchor_attn.request import Call
+
+Packed = tuple[Tensor, Tensor, Tensor]  # q, k and v, or their gradients
 
 
 class FlashKernel(Kernel):
@@ -33,26 +36,35 @@ class FlashKernel(Kernel):
 
     def absence(self, device: torch.device, merged: bool = False) -> str | None:  # noqa: D102
         if device.type not in self.device_types:
-            return f"runs on {' or '.join(self.device_types)}; move the tensors, or pass kernel='sdpa'"
+            return f"runs on {' or '.join(self.device_types)}; move the tensors, or pass engine='varlen/sdpa'"
         if device.type == "cuda":
             if torch.version.hip is not None:
-                return "is not proven on ROCm; pass kernel='sdpa'"
+                return "is not proven on ROCm; pass engine='varlen/sdpa'"
             if (major := torch.cuda.get_device_capability(device)[0]) not in self.majors:
-                return f"is built for compute capability {self.majors}, not {major}; pass kernel='sdpa'"
+                return f"is built for compute capability {self.majors}, not {major}; pass engine='varlen/sdpa'"
         try:
             importlib.import_module(self.module)
         except (ImportError, OSError) as error:  # OSError: a wheel built against another torch
             return f"cannot be imported ({error}); {self.install}"
         return None
 
+    def refusal(self, call: Call, merged: bool = False) -> str | None:  # noqa: D102
+        if call.keeps_anchor_outside and not merged:
+            return f"sliding_window={call.window} with the anchor kept outside it, in form gather"
+        if call.has_sinks and not merged:
+            return "sinks in form gather"
+        if call.dropout and call.softcap is not None:
+            return f"dropout={call.dropout} with a softcap"
+        return super().refusal(call, merged)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring) -> Tensor:  # noqa: D102
-        out = self._attend(*self._padded(q, k, v), plan, scoring)
+        out = self._attend(self._padded(q, k, v), plan, scoring)
         return out[..., : v.shape[-1]]
 
     def forward_with_lse(  # noqa: D102
         self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring
     ) -> tuple[Tensor, Tensor]:
-        out, lse = self._attend_with_lse(*self._padded(q, k, v), plan, scoring)
+        out, lse = self._attend_with_lse(self._padded(q, k, v), plan, scoring)
         return out[..., : v.shape[-1]], lse
 
     def backward(  # noqa: D102
@@ -68,10 +80,10 @@ class FlashKernel(Kernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         padded = self._padded(q, k, v)
         dout, out = (_widened(states, padded[2].shape[-1]) for states in (dout, out))
-        dq, dk, dv = self._differentiate(dout, *padded, out, lse.contiguous(), plan, scoring)
+        dq, dk, dv = self._differentiate(dout, padded, out, lse.contiguous(), plan, scoring)
         return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
-    def _padded(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _padded(self, q: Tensor, k: Tensor, v: Tensor) -> Packed:
         head_dim, value_dim = (-(-states.shape[-1] // 8) * 8 for states in (q, v))
         if not self.unequal_value:
             head_dim = value_dim = max(head_dim, value_dim)
@@ -81,25 +93,15 @@ class FlashKernel(Kernel):
         return importlib.import_module(self.module)
 
     @abstractmethod
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring) -> Tensor: ...
+    def _attend(self, qkv: Packed, plan: KernelPlan, scoring: Scoring) -> Tensor: ...
 
     @abstractmethod
-    def _attend_with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring
-    ) -> tuple[Tensor, Tensor]: ...
+    def _attend_with_lse(self, qkv: Packed, plan: KernelPlan, scoring: Scoring) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
     def _differentiate(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        plan: KernelPlan,
-        scoring: Scoring,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+        self, dout: Tensor, qkv: Packed, out: Tensor, lse: Tensor, plan: KernelPlan, scoring: Scoring
+    ) -> Packed: ...
 
 
 def boundaries(plan: KernelPlan) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anchor_attn.engines.kernels.base import Scoring
-from anchor_attn.engines.kernels.flash import FlashKernel, boundaries, window_size
+from anchor_attn.engines.kernels.flash import FlashKernel, Packed, boundaries, window_size
 from anchor_attn.engines.kernels.plan import KernelPlan
 
 
@@ -26,44 +26,22 @@ class FlashAttention2(FlashKernel):
     install = "pip install 'flash-attn>=2.8'"
     dropout = True
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring) -> Tensor:
-        return self._functions().flash_attn_varlen_func(q, k, v, **self._settings(plan, scoring))
+    def _attend(self, qkv: Packed, plan: KernelPlan, scoring: Scoring) -> Tensor:
+        settings = {**public_settings(plan, scoring), "dropout_p": scoring.dropout}
+        return self._functions().flash_attn_varlen_func(*qkv, **settings)
 
-    def _attend_with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring
-    ) -> tuple[Tensor, Tensor]:
+    def _attend_with_lse(self, qkv: Packed, plan: KernelPlan, scoring: Scoring) -> tuple[Tensor, Tensor]:
         attend = self._functions().flash_attn_varlen_func
-        out, lse, _ = attend(q, k, v, **self._settings(plan, scoring), return_attn_probs=True)
+        out, lse, _ = attend(*qkv, **public_settings(plan, scoring), return_attn_probs=True)
         return out, lse
 
-    def _settings(self, plan: KernelPlan, scoring: Scoring) -> dict[str, Any]:
-        return {
-            **boundaries(plan),
-            "dropout_p": scoring.dropout,
-            "softmax_scale": scoring.scale,
-            "causal": True,
-            "window_size": window_size(plan, scoring),
-            "softcap": scoring.softcap or 0.0,
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-        }
-
     def _differentiate(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        plan: KernelPlan,
-        scoring: Scoring,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        left, right = window_size(plan, scoring)
-        dq, dk, dv = (torch.empty_like(states) for states in (q, k, v))
+        self, dout: Tensor, qkv: Packed, out: Tensor, lse: Tensor, plan: KernelPlan, scoring: Scoring
+    ) -> Packed:
+        dq, dk, dv = (torch.empty_like(states) for states in qkv)
         self._functions()._flash_attn_varlen_backward(
-            dout, q, k, v, out, lse, dq, dk, dv, **boundaries(plan), dropout_p=0.0, softmax_scale=scoring.scale,
-            causal=True, window_size_left=left, window_size_right=right, softcap=scoring.softcap or 0.0,
-            alibi_slopes=None, deterministic=torch.are_deterministic_algorithms_enabled(),
+            dout, *qkv, out, lse, dq, dk, dv, **private_settings(plan, scoring), causal=True, dropout_p=0.0,
+            alibi_slopes=None,
         )  # fmt: skip
         return dq, dk, dv
 
@@ -76,49 +54,26 @@ class FlashAttention3(FlashKernel):
     majors = (8, 9)
     install = "build hopper/ of github.com/Dao-AILab/flash-attention"
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring) -> Tensor:
-        return self._functions().flash_attn_varlen_func(q, k, v, **self._settings(plan, scoring))
+    def _attend(self, qkv: Packed, plan: KernelPlan, scoring: Scoring) -> Tensor:
+        return self._functions().flash_attn_varlen_func(*qkv, **public_settings(plan, scoring))
 
-    def _attend_with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring
-    ) -> tuple[Tensor, Tensor]:
+    def _attend_with_lse(self, qkv: Packed, plan: KernelPlan, scoring: Scoring) -> tuple[Tensor, Tensor]:
         attend = self._functions().flash_attn_varlen_func
-        out, lse = attend(q, k, v, **self._settings(plan, scoring), return_attn_probs=True)
+        out, lse = attend(*qkv, **public_settings(plan, scoring), return_attn_probs=True)
         return out, lse
 
-    def _settings(self, plan: KernelPlan, scoring: Scoring) -> dict[str, Any]:
-        return {
-            **boundaries(plan),
-            "softmax_scale": scoring.scale,
-            "causal": True,
-            "window_size": window_size(plan, scoring),
-            "softcap": scoring.softcap or 0.0,
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-        }
-
     def _differentiate(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        plan: KernelPlan,
-        scoring: Scoring,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        left, right = window_size(plan, scoring)
-        dq, dk, dv = (torch.empty_like(states) for states in (q, k, v))
+        self, dout: Tensor, qkv: Packed, out: Tensor, lse: Tensor, plan: KernelPlan, scoring: Scoring
+    ) -> Packed:
+        dq, dk, dv = (torch.empty_like(states) for states in qkv)
         self._functions()._flash_attn_backward(
-            dout, q, k, v, out, lse, **boundaries(plan), dq=dq, dk=dk, dv=dv, softmax_scale=scoring.scale,
-            is_causal=True, window_size_left=left, window_size_right=right, softcap=scoring.softcap or 0.0,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
+            dout, *qkv, out, lse, dq=dq, dk=dk, dv=dv, **private_settings(plan, scoring), is_causal=True
+        )
         return dq, dk, dv
 
 
 class FlashAttention4(FlashKernel):
-    """flash_attn 4, the one for Blackwell, written in CuTe's Python."""
+    """flash_attn 4, the one for Blackwell, written in CuTe's Python; it says None where the others say -1."""
 
     name = "flash_attn_4"
     module = "flash_attn.cute.interface"
@@ -128,41 +83,43 @@ class FlashAttention4(FlashKernel):
     max_head_dim = 128
     unequal_value = True
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring) -> Tensor:
-        out, _ = self._functions().flash_attn_varlen_func(q, k, v, **self._settings(plan, scoring))
+    def _attend(self, qkv: Packed, plan: KernelPlan, scoring: Scoring) -> Tensor:
+        out, _ = self._functions().flash_attn_varlen_func(*qkv, **self._settings(plan, scoring))
         return out
 
-    def _attend_with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = self._functions().flash_attn_varlen_func(q, k, v, **self._settings(plan, scoring), return_lse=True)
+    def _attend_with_lse(self, qkv: Packed, plan: KernelPlan, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        out, lse = self._functions().flash_attn_varlen_func(*qkv, **self._settings(plan, scoring), return_lse=True)
         return out, lse
 
     def _settings(self, plan: KernelPlan, scoring: Scoring) -> dict[str, Any]:
         left, right = window_size(plan, scoring)
-        return {
-            **boundaries(plan),
-            "softmax_scale": scoring.scale,
-            "causal": True,
-            "window_size": (None if left < 0 else left, right),  # 4 says None where the others say -1
-            "softcap": scoring.softcap or 0.0,
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-        }
+        return {**public_settings(plan, scoring), "window_size": (None if left < 0 else left, right)}
 
     def _differentiate(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        plan: KernelPlan,
-        scoring: Scoring,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        settings = self._settings(plan, scoring)
-        left, right = settings.pop("window_size")
-        dq, dk, dv, *_ = self._functions()._flash_attn_bwd(
-            q, k, v, out, dout, lse, **settings, window_size_left=left, window_size_right=right
-        )
+        self, dout: Tensor, qkv: Packed, out: Tensor, lse: Tensor, plan: KernelPlan, scoring: Scoring
+    ) -> Packed:
+        settings = private_settings(plan, scoring)
+        if settings["window_size_left"] < 0:
+            settings["window_size_left"] = None
+        dq, dk, dv, *_ = self._functions()._flash_attn_bwd(*qkv, out, dout, lse, causal=True, **settings)
         return dq, dk, dv
+
+
+def public_settings(plan: KernelPlan, scoring: Scoring) -> dict[str, Any]:
+    """By the names of `flash_attn_varlen_func`, in all three."""
+    return {**_shared_settings(plan, scoring), "causal": True, "window_size": window_size(plan, scoring)}
+
+
+def private_settings(plan: KernelPlan, scoring: Scoring) -> dict[str, Any]:
+    """By the names of the backward, in all three; "causal" has a name of its own in 3."""
+    left, right = window_size(plan, scoring)
+    return {**_shared_settings(plan, scoring), "window_size_left": left, "window_size_right": right}
+
+
+def _shared_settings(plan: KernelPlan, scoring: Scoring) -> dict[str, Any]:
+    return {
+        **boundaries(plan),
+        "softmax_scale": scoring.scale,
+        "softcap": scoring.softcap or 0.0,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from anchor_attn.engines.kernels.gather import Copies, gather_tokens
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.patterns import Pattern
-from anchor_attn.masks.varlen import VarlenSegments, to_varlen
+from anchor_attn.masks.varlen import VarlenSegments, flat_indices, to_varlen
 
 if TYPE_CHECKING:
     from anchor_attn.engines.kernels.base import Kernel, Scoring
@@ -30,6 +31,7 @@ class KernelPlan:
         batch_size: rows [B].
         seq_len: tokens a row [S].
         in_place: whether the gather of queries is the identity: no padding, no interleaved document.
+        copies: where the anchors' keys stand once more; None where every key stands once.
     """
 
     segments: VarlenSegments
@@ -38,17 +40,18 @@ class KernelPlan:
     batch_size: int
     seq_len: int
     in_place: bool
+    copies: Copies | None
 
     def pack_queries(self, states: Tensor) -> Tensor:
         """[B, H, S, D] as [Tq, H, D]; a view where the tokens lie in place."""
         flat = states.transpose(1, 2).flatten(0, 1)
-        return flat if self.in_place else flat.index_select(0, self.segments.q_indices)
+        return flat if self.in_place else gather_tokens(flat, self.segments.q_indices)
 
     def pack_keys(self, states: Tensor) -> Tensor:
         """[B, K, S, D] as [Tk, K, D], the anchor's rows once for every segment behind it."""
-        if self.k_lens == self.q_lens:
+        if self.copies is None:
             return self.pack_queries(states)
-        return states.transpose(1, 2).flatten(0, 1).index_select(0, self.segments.k_indices)
+        return gather_tokens(states.transpose(1, 2).flatten(0, 1), self.segments.k_indices, self.copies)
 
     def unpack_queries(self, packed: Tensor) -> Tensor:
         """[Tq, H, …] as [B, H, S, …], zeros at padding."""
@@ -78,6 +81,7 @@ def _create_kernel_plan(layout: PackedLayout, pattern: Pattern) -> KernelPlan:
         k_lens=k_lens,
         batch_size=layout.batch_size,
         seq_len=layout.seq_len,
+        copies=_create_copies(layout, q_lens, k_lens),
         in_place=sum(q_lens) == layout.batch_size * layout.seq_len and (pattern == "full" or not layout.is_interleaved),
     )
 
@@ -96,6 +100,27 @@ def _segment_lengths(layout: PackedLayout, pattern: Pattern) -> tuple[tuple[int,
             row = [(head, head), *((length, anchor_tokens + length) for length in lengths[1:])]
         pairs += [(q_len, k_len) for q_len, k_len in row if q_len]
     return tuple(q_len for q_len, _ in pairs), tuple(k_len for _, k_len in pairs)
+
+
+def _create_copies(layout: PackedLayout, q_lens: tuple[int, ...], k_lens: tuple[int, ...]) -> Copies | None:
+    """The anchors' copies in front of the segments that have more keys than queries."""
+    if q_lens == k_lens:
+        return None
+    own, places, start = [], [], 0
+    for q_len, k_len in zip(q_lens, k_lens, strict=True):
+        places.append(range(start, start + k_len - q_len))
+        own.append(range(start + k_len - q_len, start + k_len))
+        start += k_len
+    own_places, copied_places = (
+        flat_indices([ranges]).to(layout.device, non_blocking=True) for ranges in (own, places)
+    )
+    return Copies(
+        own=own_places,
+        places=copied_places,
+        per_row=tuple(layout.anchor_tokens * max(0, len(lengths) - 1) for lengths in layout.document_lengths),
+        anchor_tokens=layout.anchor_tokens,
+        seq_len=layout.seq_len,
+    )
 
 
 def attend_gathered(

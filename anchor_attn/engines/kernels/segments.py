@@ -1,12 +1,12 @@
 """scaled_dot_product_attention a segment at a time: the kernel that is there on every device and in every dtype.
 
-On the CPU its flash op also gives the log-sum-exp, and takes it back in its backward. A segment is never cut: windows
-and softcaps cost the segment's own square.
+On the CPU its flash op also gives the log-sum-exp, and takes it back in its backward. Windows, softcaps and sinks,
+which it has not, are computed in chunks of queries, each with the keys that its window can reach.
 
 Source: `_scaled_dot_product_flash_attention_for_cpu` and its backward, aten/src/ATen/native/native_functions.yaml.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,13 @@ from torch import Tensor
 from anchor_attn.engines.kernels.base import Kernel, Scoring
 from anchor_attn.engines.kernels.plan import KernelPlan
 from anchor_attn.engines.reference import masked_attention
-from anchor_attn.request import Request
+from anchor_attn.request import Call, Request
+
+CHUNK_TOKENS = 512
 
 
 class SegmentSDPA(Kernel):
-    """torch's own attention, a segment at a time."""
+    """torch's own attention, a segment at a time; joined or not, it has all that is asked for."""
 
     name = "sdpa"
     device_types = ()  # any
@@ -29,15 +31,13 @@ class SegmentSDPA(Kernel):
 
     def absence(self, device: torch.device, merged: bool = False) -> str | None:  # noqa: D102
         if merged and device.type != "cpu":
-            return "gives its log-sum-exp on the CPU only; cast to bfloat16 and pass a flash kernel"
+            return "gives its log-sum-exp on the CPU only; cast to bfloat16 and take a flash kernel"
         return None
 
-    def refusal(  # noqa: D102
-        self, dtype: torch.dtype, head_dim: int, scoring: Scoring, merged: bool = False
-    ) -> str | None:
-        if merged and scoring.softcap is not None:
-            return f"softcap={scoring.softcap} with an anchor or a sink that is merged"
-        return super().refusal(dtype, head_dim, scoring, merged)
+    def refusal(self, call: Call, merged: bool = False) -> str | None:  # noqa: D102
+        if merged and call.softcap is not None:
+            return f"softcap={call.softcap} with an anchor or a sink that is merged"
+        return super().refusal(call, merged)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring) -> Tensor:  # noqa: D102
         parts = zip(_split(q, plan.q_lens), _split(k, plan.k_lens), _split(v, plan.k_lens), strict=True)
@@ -103,37 +103,63 @@ def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _attend_segment(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """[1, H, n, V] of one segment; k may be longer than q."""
-    if scoring.softcap is not None:
-        request = Request("full", scoring.scale, scoring.softcap)
-        return masked_attention(q, k, v, _visible(q, k.shape[2], scoring.window), request)
+    if scoring.softcap is not None or scoring.sinks is not None or scoring.window is not None:
+        chunks = [_attend_chunk(*chunk, scoring) for chunk in _chunks(q, k, v, scoring)]
+        return torch.cat(chunks, dim=2)
     behind = k.shape[2] - q.shape[2]
-    mask = None if scoring.window is None else _visible(q, k.shape[2], scoring.window)
-    if mask is None:  # is_causal is aligned top-left: square it with queries of zeros and drop their output
-        q = F.pad(q, (0, 0, behind, 0))
-    out = F.scaled_dot_product_attention(
+    # is_causal is aligned top-left: square it with queries of zeros and drop their output.
+    out = _sdpa(F.pad(q, (0, 0, behind, 0)) if behind else q, k, v, scoring)
+    return out[:, :, behind:]
+
+
+def _chunks(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Queries of a segment chunk by chunk, with the keys and values they may see, and which bool [n, N] they do.
+
+    The distance of a query from a key is the difference of their places among the keys, those in front included: that
+    is how a window counts, and what the kept keys are excepted from.
+    """
+    kv_len = k.shape[2]
+    window = kv_len if scoring.window is None else min(scoring.window, kv_len)
+    k_parts, v_parts = k.split(CHUNK_TOKENS, dim=2), v.split(CHUNK_TOKENS, dim=2)
+    start = kv_len - q.shape[2]
+    for chunk in q.split(CHUNK_TOKENS, dim=2):
+        end = start + chunk.shape[2]
+        reached = range(max(0, start - window + 1) // CHUNK_TOKENS, -(-end // CHUNK_TOKENS))
+        seen = [*range(min(-(-scoring.kept // CHUNK_TOKENS), reached.start)), *reached]
+        places = torch.cat([torch.arange(i * CHUNK_TOKENS, min((i + 1) * CHUNK_TOKENS, kv_len)) for i in seen])
+        places = places.to(q.device, non_blocking=True)
+        distance = torch.arange(start, end, device=q.device)[:, None] - places
+        visible = (distance >= 0) & ((distance < window) | (places < scoring.kept))
+        yield chunk, torch.cat([k_parts[i] for i in seen], 2), torch.cat([v_parts[i] for i in seen], 2), visible
+        start = end
+
+
+def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scoring: Scoring) -> Tensor:
+    if scoring.softcap is None and scoring.sinks is None:
+        return _sdpa(q, k, v, scoring, visible)
+    request = Request("full", scoring.scale, scoring.softcap, sinks=scoring.sinks, dropout=scoring.dropout)
+    return masked_attention(q, k, v, visible, request)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, visible: Tensor | None = None) -> Tensor:
+    """Causal where no mask is given."""
+    return F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=mask,
+        attn_mask=visible,
         dropout_p=scoring.dropout,
-        is_causal=mask is None,
+        is_causal=visible is None,
         scale=scoring.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out if mask is not None else out[:, :, behind:]
-
-
-def _visible(q: Tensor, kv_len: int, window: int | None) -> Tensor:
-    """bool [n, kv_len]: causal aligned bottom-right, cut to the window."""
-    q_len = q.shape[2]
-    places = torch.arange(kv_len, device=q.device)
-    distance = places[kv_len - q_len :, None] - places
-    return (distance >= 0) & (distance < (kv_len if window is None else min(window, kv_len)))
 
 
 def _window_bias(q: Tensor, scoring: Scoring) -> Tensor | None:
     """The window as what is added to the scores: the flash op takes no booleans."""
     if scoring.window is None or scoring.window >= q.shape[2]:
         return None
-    visible = _visible(q, q.shape[2], scoring.window)
-    return torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf)
+    places = torch.arange(q.shape[2], device=q.device)
+    distance = places[:, None] - places
+    hidden = (distance < 0) | (distance >= scoring.window)
+    return torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, -torch.inf)

@@ -8,15 +8,16 @@ aten/src/ATen/native/native_functions.yaml.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anchor_attn.engines.kernels.base import Scoring
-from anchor_attn.engines.kernels.flash import FlashKernel, window_size
+from anchor_attn.engines.kernels.flash import FlashKernel, Packed, window_size
 from anchor_attn.engines.kernels.plan import KernelPlan
+from anchor_attn.request import Call
 
 
 class VarlenAttn(FlashKernel):
@@ -28,9 +29,14 @@ class VarlenAttn(FlashKernel):
     install = "upgrade torch to 2.11 or later"
     softcap = False
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring) -> Tensor:
-        attend: Callable[..., Tensor] = self._functions().varlen_attn
-        known = inspect.signature(attend).parameters
+    def refusal(self, call: Call, merged: bool = False) -> str | None:  # noqa: D102
+        if call.window is not None and not merged and "window_size" not in self._parameters():
+            return f"sliding_window={call.window} in form gather, for which this torch is too old"
+        return super().refusal(call, merged)
+
+    def _attend(self, qkv: Packed, plan: KernelPlan, scoring: Scoring) -> Tensor:
+        q, k, v = qkv
+        known = self._parameters()
         window = window_size(plan, scoring)
         settings: dict[str, Any] = {}
         if "enable_gqa" in known:  # before it came, grouped heads needed no word
@@ -41,44 +47,32 @@ class VarlenAttn(FlashKernel):
             q = q * (scoring.scale * q.shape[-1] ** 0.5)
         if "window_size" in known:
             settings["window_size"] = window  # a tuple: torch compares it with (-1, 0) to find causal
-        elif window == (-1, 0):
-            settings["is_causal"] = True
         else:
-            raise ValueError(
-                f"sliding_window must be None for kernel='varlen_attn' of torch {torch.__version__}, "
-                f"got {scoring.window}; upgrade torch, or use kernel='flash_attn_2'."
-            )
+            settings["is_causal"] = True
         parts = plan.segments
-        return attend(
+        return self._functions().varlen_attn(
             q, k, v, parts.cu_seqlens_q, parts.cu_seqlens_k, parts.max_seqlen_q, parts.max_seqlen_k, **settings
         )
 
-    def _attend_with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring
-    ) -> tuple[Tensor, Tensor]:
+    def _attend_with_lse(self, qkv: Packed, plan: KernelPlan, scoring: Scoring) -> tuple[Tensor, Tensor]:
         # The op below varlen_attn, whose schema is one for all its signatures.
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, *self._positions(plan, scoring), False, **self._settings(plan, scoring)
+            *qkv, *self._positions(plan, scoring), False, **self._settings(plan, scoring)
         )
         return out, lse
 
     def _differentiate(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        plan: KernelPlan,
-        scoring: Scoring,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
+        self, dout: Tensor, qkv: Packed, out: Tensor, lse: Tensor, plan: KernelPlan, scoring: Scoring
+    ) -> Packed:
+        rng_state = torch.zeros(2, dtype=torch.uint64, device=out.device)  # of a dropout that there is not
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, *self._positions(plan, scoring), rng_state, q.new_empty(0),
+            dout, *qkv, out, lse, *self._positions(plan, scoring), rng_state, out.new_empty(0),
             **self._settings(plan, scoring),
         )  # fmt: skip
         return dq, dk, dv
+
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self._functions().varlen_attn).parameters
 
     def _positions(self, plan: KernelPlan, scoring: Scoring) -> tuple[Any, ...]:
         """Boundaries, longest segments, dropout and is_causal."""
