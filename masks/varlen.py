@@ -58,7 +58,7 @@ def to_varlen(layout: PackedLayout, pattern: Pattern = "anchor") -> VarlenSegmen
         ValueError: an unknown pattern, or the anchor pattern without an anchor.
     """
     check_pattern(layout, pattern)
-    segments = [segment for row in range(layout.batch_size) for segment in _segments(layout, row, pattern)]
+    segments = segment_ranges(layout, pattern)
     queries, keys = [[ranges for ranges, _ in segments], [ranges for _, ranges in segments]]
     q_lens, k_lens = ([sum(map(len, ranges)) for ranges in side] for side in (queries, keys))
     tensors = (_boundaries(q_lens), _boundaries(k_lens), flat_indices(queries), flat_indices(keys))
@@ -86,8 +86,12 @@ def document_ranges(layout: PackedLayout, row: int) -> list[list[range]]:
     return [documents[document_id] for document_id in sorted(documents)]
 
 
+def segment_ranges(layout: PackedLayout, pattern: Pattern) -> list[tuple[list[range], list[range]]]:
+    """The queries and the keys of each segment, as ranges of the flattened batch; several where it is interleaved."""
+    return [segment for row in range(layout.batch_size) for segment in _segments(layout, row, pattern)]
+
+
 def _segments(layout: PackedLayout, row: int, pattern: Pattern) -> Iterator[tuple[list[range], list[range]]]:
-    """The queries and the keys of each segment of a row, as ranges of the flattened batch."""
     front = row * layout.seq_len
     anchor = [range(front, front + layout.anchor_tokens)]
     documents = [

@@ -4,6 +4,7 @@ tokens   a 1 1 2 2 3          keys   a 1 1 a 2 2 a 3          own    0 1 2 4 5 7
                                                               copies       3     6
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,54 +12,99 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from anchor_attn.masks.varlen import flat_indices
+
 
 @dataclass(frozen=True)
-class Copies:
-    """Which of the packed keys are an anchor's copy, in front of a later document.
+class Places:
+    """Tokens to take, as ranges for a host, which copies them one after the other, and as indices for a device.
 
     Attributes:
-        own: int64, the places of all other keys among the packed ones; each token stands there once.
-        places: int64, the places of the copies, row by row and document by document.
-        per_row: how many stand in each row of the batch.
+        ranges: of the tokens, in order.
+        indices: int64, the same.
+    """
+
+    ranges: tuple[range, ...]
+    indices: Tensor
+
+    @classmethod
+    def of(cls, ranges: Sequence[range], device: torch.device) -> "Places":
+        """Both from the ranges, without a sync."""
+        return cls(tuple(ranges), flat_indices([ranges]).to(device, non_blocking=True))
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """The tokens [T, …] at these places."""
+        if tokens.device.type == "cpu":  # a third of index_select's time
+            return torch.cat([tokens[part.start : part.stop] for part in self.ranges])
+        return tokens.index_select(0, self.indices)
+
+
+@dataclass(frozen=True)
+class AnchoredKeys:
+    """How the packed keys come from the tokens of a batch, anchors once for every document.
+
+    Attributes:
+        keys: where each packed key stands among the tokens.
+        own: the packed keys that are no copy, one a query and in the queries' order.
+        copies: the packed keys that are an anchor's copy, row by row and document by document.
+        copies_per_row: how many stand in each row of the batch.
         anchor_tokens: in front of each document.
         seq_len: tokens a row of the batch.
+        q_indices: int64, where each query stands among the tokens; None where it is its own number.
     """
 
-    own: Tensor
-    places: Tensor
-    per_row: tuple[int, ...]
+    keys: Places
+    own: Places
+    copies: Places
+    copies_per_row: tuple[int, ...]
     anchor_tokens: int
     seq_len: int
+    q_indices: Tensor | None
 
 
-def gather_tokens(tokens: Tensor, indices: Tensor, copies: Copies | None = None) -> Tensor:
-    """Rows of [T, H, D] by index, each once or a copy of an anchor.
+class GatherQueries(torch.autograd.Function):
+    """Tokens [T, H, D] by index, each at most once."""
 
-    On CUDA index_select itself would add the gradients of an anchor's copies in no fixed order, each sum rounded to
-    their dtype. Here they are summed in float32 at least, in one order, and rounded once.
-    """
-    return _Gather.apply(tokens, indices, copies)
-
-
-class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, indices: Tensor, copies: Copies | None) -> Tensor:
-        ctx.num_tokens, ctx.copies = tokens.shape[0], copies
+    def forward(ctx: Any, tokens: Tensor, indices: Tensor) -> Tensor:  # noqa: D102
+        ctx.num_tokens = tokens.shape[0]
         ctx.save_for_backward(indices)
         return tokens.index_select(0, indices)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
         (indices,) = ctx.saved_tensors
-        copies: Copies | None = ctx.copies
-        total = gradient.new_zeros(ctx.num_tokens, *gradient.shape[1:])
-        if copies is None:
-            return total.index_copy_(0, indices, gradient), None, None
-        total.index_copy_(0, indices.index_select(0, copies.own), gradient.index_select(0, copies.own))
+        return spread(gradient, indices, ctx.num_tokens), None
+
+
+class GatherKeys(torch.autograd.Function):
+    """Keys [Tk, K, D] from tokens [T, K, D].
+
+    On CUDA index_select itself would add the gradients of an anchor's copies in no fixed order, each sum rounded to
+    their dtype. Here they are summed in float32 at least, in one order, and rounded once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, anchored: AnchoredKeys) -> Tensor:  # noqa: D102
+        ctx.num_tokens, ctx.anchored = tokens.shape[0], anchored
+        return anchored.keys.take(tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        anchored: AnchoredKeys = ctx.anchored
+        total = anchored.own.take(gradient)
+        if anchored.q_indices is not None:
+            total = spread(total, anchored.q_indices, ctx.num_tokens)
         compute = torch.promote_types(gradient.dtype, torch.float32)
-        parts = gradient.index_select(0, copies.places).to(compute).split(copies.per_row)
-        for row, part in enumerate(parts):
-            front = total[row * copies.seq_len :][: copies.anchor_tokens]
-            front.copy_(part.unflatten(0, (-1, copies.anchor_tokens)).sum(0) + front)
-        return total, None, None
+        copies = anchored.copies.take(gradient).to(compute).split(anchored.copies_per_row)
+        for row, part in enumerate(copies):
+            front = total[row * anchored.seq_len :][: anchored.anchor_tokens]
+            front.copy_(part.unflatten(0, (-1, anchored.anchor_tokens)).sum(0) + front)
+        return total, None
+
+
+def spread(packed: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
+    """Packed rows at their places among `num_tokens`, zeros at the others."""
+    return packed.new_zeros(num_tokens, *packed.shape[1:]).index_copy(0, indices, packed)

@@ -7,14 +7,15 @@ Everything a step needs is on the device before it, or known on the host: nothin
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from anchor_attn.engines.kernels.gather import Copies, gather_tokens
+from anchor_attn.engines.kernels.gather import AnchoredKeys, GatherKeys, GatherQueries, Places, spread
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.patterns import Pattern
-from anchor_attn.masks.varlen import VarlenSegments, flat_indices, to_varlen
+from anchor_attn.masks.varlen import VarlenSegments, segment_ranges, to_varlen
 
 if TYPE_CHECKING:
     from anchor_attn.engines.kernels.base import Kernel, Scoring
@@ -31,7 +32,7 @@ class KernelPlan:
         batch_size: rows [B].
         seq_len: tokens a row [S].
         in_place: whether the gather of queries is the identity: no padding, no interleaved document.
-        copies: where the anchors' keys stand once more; None where every key stands once.
+        anchored: how keys come from tokens; None where they are packed as queries are.
     """
 
     segments: VarlenSegments
@@ -40,25 +41,23 @@ class KernelPlan:
     batch_size: int
     seq_len: int
     in_place: bool
-    copies: Copies | None
+    anchored: AnchoredKeys | None
 
     def pack_queries(self, states: Tensor) -> Tensor:
         """[B, H, S, D] as [Tq, H, D]; a view where the tokens lie in place."""
         flat = states.transpose(1, 2).flatten(0, 1)
-        return flat if self.in_place else gather_tokens(flat, self.segments.q_indices)
+        return flat if self.in_place else GatherQueries.apply(flat, self.segments.q_indices)
 
     def pack_keys(self, states: Tensor) -> Tensor:
         """[B, K, S, D] as [Tk, K, D], the anchor's rows once for every segment behind it."""
-        if self.copies is None:
+        if self.anchored is None:
             return self.pack_queries(states)
-        return gather_tokens(states.transpose(1, 2).flatten(0, 1), self.segments.k_indices, self.copies)
+        return GatherKeys.apply(states.transpose(1, 2).flatten(0, 1), self.anchored)
 
     def unpack_queries(self, packed: Tensor) -> Tensor:
         """[Tq, H, …] as [B, H, S, …], zeros at padding."""
-        rows = packed
-        if not self.in_place:
-            empty = packed.new_zeros(self.batch_size * self.seq_len, *packed.shape[1:])
-            rows = empty.index_copy(0, self.segments.q_indices, packed)
+        tokens = self.batch_size * self.seq_len
+        rows = packed if self.in_place else spread(packed, self.segments.q_indices, tokens)
         return rows.unflatten(0, (self.batch_size, self.seq_len)).transpose(1, 2)
 
 
@@ -74,53 +73,28 @@ def create_kernel_plan(layout: PackedLayout, pattern: Pattern) -> KernelPlan:
 
 
 def _create_kernel_plan(layout: PackedLayout, pattern: Pattern) -> KernelPlan:
-    q_lens, k_lens = _segment_lengths(layout, pattern)
-    return KernelPlan(
-        segments=to_varlen(layout, pattern),
-        q_lens=q_lens,
-        k_lens=k_lens,
-        batch_size=layout.batch_size,
-        seq_len=layout.seq_len,
-        copies=_create_copies(layout, q_lens, k_lens),
-        in_place=sum(q_lens) == layout.batch_size * layout.seq_len and (pattern == "full" or not layout.is_interleaved),
-    )
-
-
-def _segment_lengths(layout: PackedLayout, pattern: Pattern) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Queries and keys of each segment; cu_seqlens says the same, but reading it would sync."""
-    anchor_tokens = layout.anchor_tokens
-    pairs = []
-    for lengths, tokens in zip(layout.document_lengths, layout.row_tokens, strict=True):
-        if pattern == "full":
-            row = [(tokens, tokens)]
-        elif pattern == "intra_doc":
-            row = [(length, length) for length in (anchor_tokens, *lengths)]
-        else:
-            head = anchor_tokens + sum(lengths[:1])
-            row = [(head, head), *((length, anchor_tokens + length) for length in lengths[1:])]
-        pairs += [(q_len, k_len) for q_len, k_len in row if q_len]
-    return tuple(q_len for q_len, _ in pairs), tuple(k_len for _, k_len in pairs)
-
-
-def _create_copies(layout: PackedLayout, q_lens: tuple[int, ...], k_lens: tuple[int, ...]) -> Copies | None:
-    """The anchors' copies in front of the segments that have more keys than queries."""
-    if q_lens == k_lens:
-        return None
-    own, places, start = [], [], 0
-    for q_len, k_len in zip(q_lens, k_lens, strict=True):
-        places.append(range(start, start + k_len - q_len))
-        own.append(range(start + k_len - q_len, start + k_len))
-        start += k_len
-    own_places, copied_places = (
-        flat_indices([ranges]).to(layout.device, non_blocking=True) for ranges in (own, places)
-    )
-    return Copies(
-        own=own_places,
-        places=copied_places,
-        per_row=tuple(layout.anchor_tokens * max(0, len(lengths) - 1) for lengths in layout.document_lengths),
-        anchor_tokens=layout.anchor_tokens,
-        seq_len=layout.seq_len,
-    )
+    ranges = segment_ranges(layout, pattern)
+    q_lens, k_lens = (tuple(sum(map(len, segment[side])) for segment in ranges) for side in (0, 1))
+    segments = to_varlen(layout, pattern)
+    in_place = sum(q_lens) == layout.batch_size * layout.seq_len and (pattern == "full" or not layout.is_interleaved)
+    anchored = None
+    if q_lens != k_lens:
+        own, copies = [], []
+        for start, q_len, k_len in zip(accumulate(k_lens, initial=0), q_lens, k_lens, strict=False):
+            copies.append(range(start, start + k_len - q_len))
+            own.append(range(start + k_len - q_len, start + k_len))
+        anchored = AnchoredKeys(
+            keys=Places(tuple(part for _, keys in ranges for part in keys), segments.k_indices),
+            own=Places.of(own, layout.device),
+            copies=Places.of(copies, layout.device),
+            copies_per_row=tuple(
+                layout.anchor_tokens * max(0, len(lengths) - 1) for lengths in layout.document_lengths
+            ),
+            anchor_tokens=layout.anchor_tokens,
+            seq_len=layout.seq_len,
+            q_indices=None if in_place else segments.q_indices,
+        )
+    return KernelPlan(segments, q_lens, k_lens, layout.batch_size, layout.seq_len, in_place, anchored)
 
 
 def attend_gathered(
