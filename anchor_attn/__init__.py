@@ -1,5 +1,6 @@
 """AnchorAttention for packed long-context training: wrap a decoder, measure RoPE, compare attentions."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from anchor_attn.attention import anchor_attention as anchor_attention
@@ -10,19 +11,30 @@ if TYPE_CHECKING:
     from anchor_attn.hf import wrap as wrap
     from anchor_attn.isolation import assert_isolated as assert_isolated
     from anchor_attn.isolation import check_isolation as check_isolation
+    from anchor_attn.module import AnchorAttention as AnchorAttention
 
 __version__ = "0.1.0"
-__all__ = ["PackedLayout", "anchor_attention", "assert_isolated", "check_isolation", "unwrap", "wrap"]
+__all__ = [
+    "AnchorAttention",
+    "PackedLayout",
+    "anchor_attention",
+    "assert_isolated",
+    "check_isolation",
+    "unwrap",
+    "wrap",
+]
+
+# What needs transformers, or half of torch's compiler, is imported when it is asked for.
+LAZY = {
+    "AnchorAttention": "anchor_attn.module",
+    "assert_isolated": "anchor_attn.isolation",
+    "check_isolation": "anchor_attn.isolation",
+    "unwrap": "anchor_attn.hf",
+    "wrap": "anchor_attn.hf",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs transformers only when it is asked for."""
-    if name in {"wrap", "unwrap"}:
-        from anchor_attn import hf
-
-        return getattr(hf, name)
-    if name in {"check_isolation", "assert_isolated"}:
-        from anchor_attn import isolation
-
-        return getattr(isolation, name)
+    if name in LAZY:
+        return getattr(import_module(LAZY[name]), name)
     raise AttributeError(f"module 'anchor_attn' has no attribute {name!r}")

@@ -59,12 +59,7 @@ def anchor_attention(
     check_pattern(layout, pattern, sliding_window)
     check_engine(engine)
     _check_tensors(query, key, value, layout, sinks)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be above 0 and finite, got {softcap}; pass None for no softcap.")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}; pass None for 1/√D.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}; pass 0.0 for no dropout.")
+    check_scoring(scale, softcap, dropout)
     request = Request(
         pattern=pattern,
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
@@ -83,6 +78,16 @@ def anchor_attention(
 
         return flex.attend(query, key, value, layout, request, route)
     return varlen.attend(query, key, value, layout, request, route)
+
+
+def check_scoring(scale: float | None, softcap: float | None, dropout: float) -> None:
+    """Raise a ValueError unless scale, softcap and dropout have a meaning."""
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}; pass None for 1/√D.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be above 0 and finite, got {softcap}; pass None for no softcap.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}; pass 0.0 for no dropout.")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, sinks: Tensor | None) -> None:
@@ -115,12 +120,3 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayo
         raise ValueError(
             f"sinks must have one logit a query head [{query.shape[1]}], got {list(sinks.shape)}; pass shape [H]."
         )
-
-
-Engine = str
-
-
-def choose_engine(engine: str) -> str:
-    """The engine's name, checked."""
-    check_engine(engine)
-    return "varlen" if engine == "auto" else engine

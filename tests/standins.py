@@ -330,7 +330,7 @@ def standin(form, dtypes=HALF):
 
 @contextlib.contextmanager
 def installed(path, module):
-    """A module to import; mock.patch.dict would forget what else is imported meanwhile, and torch cannot do it twice."""
+    """A module to import. mock.patch.dict would forget what else is imported meanwhile; torch imports itself once."""
     before = sys.modules.get(path)
     sys.modules[path] = module
     try:

@@ -3,9 +3,13 @@
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-from families import FAMILIES, REFUSED
+from families import FAMILIES
+from refused import REFUSED
+from support_matrix import BEGIN, END, SupportMatrix, columns_of, matrix, read_matrix, replace_matrix
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,27 +17,108 @@ from anchor_attn.train.presets import create_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CALLED_FOR = {(name, column) for name, family in FAMILIES.items() for column in columns_of(family)}
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def support_matrix():
-    """The README's table of families, from the configurations that the tests run."""
-    marks = dict.fromkeys(("sliding_window", "softcap", "sinks"), "tested")
-    lines = ["| family | sliding window | softcap | learned sinks |", "|---|---|---|---|"]
-    for name, family in sorted(FAMILIES.items()):
-        cells = [marks[feature] if feature in family.bites else "–" for feature in marks]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def test_the_support_matrix_has_a_cell_for_all_that_the_families_call_for_and_no_other():
+    """`make support` writes the table by the tests' outcome; here it must be of these families and features."""
+    tested = {place for place, said in read_matrix(README).items() if said == "tested"}
 
-
-def test_the_support_matrix_is_the_one_that_the_tests_prove():
-    assert support_matrix() in README
+    assert tested == CALLED_FOR
+    assert set(read_matrix(README).values()) == {"tested", "–"}
 
 
 def test_every_refused_family_is_named():
-    spoken = re.sub(r"[^a-z0-9]", "", README.lower())
+    spoken = re.sub(r"[^a-z0-9]", "", README.lower().replace("mixture of experts", "moe"))
     for name in REFUSED:
         assert name.removesuffix("_text").replace("_", "") in spoken, name
+
+
+# --- the support matrix itself ---------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_tested_only_if_all_its_tests_passed():
+    outcomes = {
+        ("llama", "packed = alone"): {"passed"},
+        ("llama", "generate"): {"passed", "failed"},
+        ("opt", "packed = alone"): {"skipped"},
+    }
+    rows = [line.split(" | ") for line in matrix(outcomes).splitlines()[2:]]
+
+    assert [[field.strip("| ") for field in row] for row in rows] == [
+        ["llama", "tested", "–", "–", "–", "–", "failed", "–"],
+        ["opt", "skipped", "–", "–", "–", "–", "–", "–"],
+    ]
+
+
+def test_a_written_matrix_is_read_back():
+    outcomes = {(name, column): {"passed"} for name in ("llama", "opt") for column in ("packed = alone", "window")}
+    text = replace_matrix(f"before\n{BEGIN}old\n{END}after\n", matrix(outcomes), "2 families.")
+
+    assert {place for place, said in read_matrix(text).items() if said == "tested"} == set(outcomes)
+    assert (text.split("\n")[0], text.split("\n")[-2]) == ("before", "after")
+    assert "old" not in text
+
+
+def run_of_tests(readme, outcomes, left_out=()):
+    """What the plugin makes of a run: its session, and what it says."""
+    plugin = SupportMatrix(readme)
+    marked = {place: SimpleNamespace(args=[place[1]]) for place in (*outcomes, *left_out)}
+    items = {
+        place: mock.Mock(
+            spec=pytest.Function,
+            nodeid=str(place),
+            callspec=SimpleNamespace(params={"family": place[0]}),
+            get_closest_marker={"supports": mark}.get,
+        )
+        for place, mark in marked.items()
+    }
+    session = SimpleNamespace(items=[items[place] for place in outcomes], exitstatus=pytest.ExitCode.OK)
+    plugin.pytest_deselected([items[place] for place in left_out])
+    plugin.pytest_collection_finish(session)
+    for place, outcome in outcomes.items():
+        for when in ("setup", "call", "teardown"):
+            said = outcome if when == "call" else "passed"
+            report = SimpleNamespace(nodeid=str(place), when=when, outcome=said, passed=said == "passed")
+            plugin.pytest_runtest_logreport(report)
+    plugin.pytest_sessionfinish(session)
+    return session, plugin.said
+
+
+@pytest.fixture
+def readme(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{BEGIN}old\n{END}after\n")
+    return path
+
+
+def test_a_whole_run_that_passes_writes_the_matrix(readme):
+    session, said = run_of_tests(readme, dict.fromkeys(CALLED_FOR, "passed"))
+
+    assert said == f"{readme} has the table of this run"
+    assert session.exitstatus == pytest.ExitCode.OK
+    assert {place for place, cell in read_matrix(readme.read_text()).items() if cell == "tested"} == CALLED_FOR
+
+
+@pytest.mark.parametrize("outcome", ["failed", "left out", "missing", "of no family"])
+def test_a_run_with_a_failure_or_without_all_its_tests_writes_nothing(readme, outcome):
+    """A table is of one whole run, or it is not written."""
+    place, before = ("llama", "generate"), readme.read_text()
+    outcomes = dict.fromkeys(sorted(CALLED_FOR - {place}), "passed")
+    if outcome != "missing":
+        outcomes[place] = "failed" if outcome == "failed" else "passed"
+    if outcome == "of no family":
+        outcomes["gru", "generate"] = "passed"
+    session, said = run_of_tests(readme, outcomes, left_out=[place] if outcome == "left out" else [])
+
+    assert said.startswith(f"{readme} keeps its table: ")
+    assert ("gru" if outcome == "of no family" else str(place)) in said
+    assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
+    assert readme.read_text() == before
+
+
+# --- snippets, the house, links --------------------------------------------------------------------------------------
 
 
 def byte_level_tokenizer():

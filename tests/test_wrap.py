@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from families import REFUSED, SIZES, VOCAB_SIZE, refused_model, tiny_config, tiny_model
-from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from families import VOCAB_SIZE, state_of, tiny_config, tiny_model
+from refused import refused_model
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from anchor_attn import PackedLayout, unwrap, wrap
-from anchor_attn.attention import anchor_attention
-from anchor_attn.engines import reference, varlen
-from anchor_attn.hf import forward, proof, settings, wrapping
+from anchor_attn.configs import configs_of
+from anchor_attn.engines import choice, reference, varlen
+from anchor_attn.hf import forward, settings, wrapping
 
 LAYOUT = PackedLayout.from_lengths([[7, 5, 1], [4, 6]], seq_len=15)
 TOKENS = torch.randint(3, VOCAB_SIZE, LAYOUT.document_ids.shape, generator=torch.Generator().manual_seed(0))
@@ -41,22 +41,6 @@ def logits_of(model, **inputs):
         return model(input_ids=TOKENS, **inputs).logits
 
 
-def state_of(model):
-    """All that `wrap` touches: implementations, module attributes, hooks, training flags and weights' names."""
-    return {
-        "implementations": [
-            config._attn_implementation for m in model.modules() for config in settings.configs_of(m).values()
-        ],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-        "hooks": [
-            len(module._forward_pre_hooks) + len(module._forward_hooks) + len(module._forward_pre_hooks_with_kwargs)
-            for module in model.modules()
-        ],
-        "training": [module.training for module in model.modules()],
-        "weights": list(model.state_dict()),
-    }
-
-
 # --- wrapping and unwrapping -----------------------------------------------------------------------------------------
 
 
@@ -70,7 +54,7 @@ def test_models_of_one_config_keep_their_own_patterns_and_the_third_stays_plain(
     # From one config object, as transformers hands it on.
     for model in (first, second, third):
         for module in model.modules():
-            for name in settings.configs_of(module):
+            for name in configs_of(module):
                 setattr(module, name, config)
     before = logits_of(third)
     wrap(first, "anchor")
@@ -89,7 +73,7 @@ def test_models_of_one_config_keep_their_own_patterns_and_the_third_stays_plain(
 
 
 def test_one_config_serves_all_submodules_of_a_wrapped_model(wrapped):
-    configs = {id(config) for module in wrapped.modules() for config in settings.configs_of(module).values()}
+    configs = {id(config) for module in wrapped.modules() for config in configs_of(module).values()}
 
     assert configs == {id(wrapped.config)}
 
@@ -183,6 +167,27 @@ def test_a_deep_copy_is_wrapped_and_unwraps_by_itself(wrapped):
     assert state_of(unwrap(wrapped)) == state_of(twin)
 
 
+def test_a_pickled_model_comes_back_wrapped_and_unwraps(wrapped, tmp_path):
+    packed = logits_of(wrapped, document_ids=LAYOUT)
+    torch.save(wrapped, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+
+    assert wrapping.is_wrapped(loaded)
+    assert torch.equal(logits_of(loaded, document_ids=LAYOUT), packed)
+    with pytest.raises(ValueError, match="must be given to a wrapped"):
+        loaded(input_ids=TOKENS, labels=TOKENS)
+    assert state_of(unwrap(loaded)) == state_of(unwrap(wrapped))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_wrapped_model_may_change_its_dtype(plain, dtype):
+    expected = logits_of(wrap(copy.deepcopy(plain).to(dtype)), document_ids=LAYOUT)
+    logits = logits_of(wrap(plain).to(dtype), document_ids=LAYOUT)
+
+    assert logits.dtype == dtype
+    assert torch.equal(logits, expected)
+
+
 def test_a_saved_wrapped_model_loads_as_a_plain_one(wrapped, tmp_path):
     wrapped.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -194,28 +199,26 @@ def test_a_saved_wrapped_model_loads_as_a_plain_one(wrapped, tmp_path):
     assert torch.equal(logits_of(wrap(loaded), document_ids=LAYOUT), logits_of(wrapped, document_ids=LAYOUT))
 
 
-def test_auto_says_once_what_it_chose(plain, caplog):
+def test_auto_says_once_what_it_chose_and_not_for_the_proof(plain, caplog):
+    choice._say_once.cache_clear()
     with caplog.at_level(logging.INFO, "anchor_attn"):
         wrap(plain, engine="auto")
-        logits_of(plain, document_ids=LAYOUT)
-    said = [record.getMessage() for record in caplog.records if record.name == "anchor_attn"]
-    assert said == ["engine='auto' chose 'varlen' for LlamaForCausalLM: exact on every device, a document at a time"]
+        assert not caplog.records
+        for _ in range(2):
+            logits_of(plain, document_ids=LAYOUT.document_ids)
 
-    caplog.clear()
-    with caplog.at_level(logging.INFO, "anchor_attn"):
-        wrap(plain, engine="varlen")
-    assert not [record for record in caplog.records if record.name == "anchor_attn"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("engine='auto' chose 'varlen/sdpa/gather' for anchor attention (plain, ")
 
 
 @pytest.mark.parametrize(
     ("named", "module", "other"), [("reference", reference, varlen), ("varlen", varlen, reference)]
 )
 def test_every_layer_runs_the_named_engine(plain, monkeypatch, named, module, other):
+    wrap(plain, engine=named)  # its proof runs on the reference, whatever the engine
     counted = mock.Mock(wraps=module.attend)
     monkeypatch.setattr(module, "attend", counted)
     monkeypatch.setattr(other, "attend", mock.Mock(side_effect=AssertionError("another engine ran")))
-    wrap(plain, engine=named)
-    counted.reset_mock()
     logits_of(plain, document_ids=LAYOUT)
 
     assert counted.call_count == plain.config.num_hidden_layers
@@ -244,9 +247,9 @@ def test_a_tensor_is_checked_once_a_forward_and_a_layout_never(monkeypatch):
 
 @pytest.mark.parametrize("as_tensor", [True, False])
 def test_all_layers_share_one_plan(monkeypatch, as_tensor):
-    model = wrap(tiny_model("llama", num_hidden_layers=3))
-    built = mock.Mock(wraps=varlen.create_varlen_plan)
-    monkeypatch.setattr(varlen, "create_varlen_plan", built)
+    model = wrap(tiny_model("llama", num_hidden_layers=3), engine="reference")
+    built = mock.Mock(wraps=reference.dense_mask)
+    monkeypatch.setattr(reference, "dense_mask", built)
     layout = PackedLayout.from_document_ids(LAYOUT.document_ids)
     logits_of(model, document_ids=layout.document_ids if as_tensor else layout)
 
@@ -416,13 +419,6 @@ def test_a_bfloat16_model_with_a_float32_rotary_module_trains(plain):
     assert torch.isfinite(loss)
 
 
-def test_attention_dropout_raises_in_training_and_not_in_evaluation():
-    model = wrap(tiny_model("llama", torch.float32, attention_dropout=0.1))
-    logits_of(model, document_ids=LAYOUT)
-    with pytest.raises(ValueError, match=r"^attention dropout must be 0 under anchor_attn, got 0\.1; set it to 0"):
-        model.train()(input_ids=TOKENS, document_ids=LAYOUT)
-
-
 def test_another_implementation_set_on_a_wrapped_model_raises_and_wrapping_again_helps(wrapped):
     expected = logits_of(wrapped, document_ids=LAYOUT)
     wrapped.set_attn_implementation("sdpa")
@@ -432,6 +428,36 @@ def test_another_implementation_set_on_a_wrapped_model_raises_and_wrapping_again
         wrapped(input_ids=TOKENS, document_ids=LAYOUT)
 
     assert torch.equal(logits_of(wrap(wrapped), document_ids=LAYOUT), expected)
+
+
+def test_another_implementation_set_on_a_wrapped_model_serves_without_document_ids_and_stays_when_unwrapped(wrapped):
+    wrapped.set_attn_implementation("eager")
+    eager = wrapped(input_ids=TOKENS, output_attentions=True)
+    assert len(eager.attentions) == 2
+    with pytest.raises(ValueError, match=r"^document_ids must be given to a wrapped LlamaForCausalLM that trains"):
+        wrapped(input_ids=TOKENS, labels=TOKENS)
+
+    assert unwrap(wrapped).config._attn_implementation == "eager"
+    assert torch.equal(logits_of(wrapped), eager.logits)
+    assert {settings.previous for settings in settings.holders(wrap(wrapped)).values()} == {"eager"}
+
+
+def test_the_implementation_asked_for_by_name_alone_says_what_to_do(plain, tmp_path):
+    expected = logits_of(wrap(copy.deepcopy(plain)), document_ids=LAYOUT)
+    plain.save_pretrained(tmp_path)
+    named = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="anchor_attn").eval()
+    message = (
+        "LlamaAttention must be wrapped to run attn_implementation='anchor_attn', got one that only its config names; "
+        "call model.set_attn_implementation('sdpa'), then wrap(model)."
+    )
+    for inputs in ({}, {"document_ids": LAYOUT}):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            logits_of(named, **inputs)
+    with pytest.raises(ValueError, match=r"^model must have an attention of its own beside anchor_attn, got LlamaForC"):
+        wrap(named)
+    named.set_attn_implementation("sdpa")
+
+    assert torch.equal(logits_of(wrap(named), document_ids=LAYOUT), expected)
 
 
 def test_a_model_built_from_a_wrapped_models_config_says_what_to_do(wrapped):
@@ -452,226 +478,8 @@ def test_a_window_that_only_the_mask_knows_raises(wrapped):
     layer = wrapped.model.layers[0].self_attn
     states = torch.zeros(1, 4, 3, 8)
     layout = PackedLayout.from_lengths([[2]])
-    with pytest.raises(
-        ValueError, match=r"^LlamaAttention must hand its attention window to the attention function, got s"
-    ):
-        forward.attention_forward(
-            layer, states, states, states, forward.DeferredMask({"local_size": 2}), document_ids=layout
-        )
-
-
-# --- what wrap refuses -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_models_that_cannot_keep_documents_apart_are_refused(name):
-    model = refused_model(name)
-    before, training = state_of(model), model.training
-    with pytest.raises(ValueError, match=re.escape(REFUSED[name][2])) as raised:
-        wrap(model)
-
-    assert "\n" not in str(raised.value)
-    assert str(raised.value).startswith("model must ")
-    assert state_of(model) == before
-    assert model.training == training
-
-
-def test_encoders_and_models_with_other_inputs_are_refused():
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    t5 = transformers.T5Config(vocab_size=VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(
-        ValueError, match=r"^model must be a decoder, got T5ForConditionalGeneration with an encoder; wrap"
-    ):
-        wrap(transformers.T5ForConditionalGeneration(t5))
-    images = transformers.Gemma3Config(
-        text_config={**SIZES, "head_dim": 8}, vision_config={**sizes, "image_size": 16, "patch_size": 8}
-    )
-    with pytest.raises(
-        ValueError, match=r"^model must be a text decoder, got Gemma3ForConditionalGeneration with other inp"
-    ):
-        wrap(transformers.Gemma3ForConditionalGeneration(images))
-    bidirectional = tiny_model("gemma3_text", use_bidirectional_attention=True)
-    with pytest.raises(
-        ValueError, match=r"^model must attend causally, got Gemma3ForCausalLM set to bidirectional; change"
-    ):
-        wrap(bidirectional)
-
-
-def test_what_is_no_transformers_model_is_refused():
-    with pytest.raises(
-        TypeError, match=r"^model must be a transformers PreTrainedModel, got Linear; wrap the decoder its"
-    ):
-        wrap(nn.Linear(2, 2))
-
-
-def test_a_model_without_its_weights_is_refused():
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(tiny_config("llama"))
-    with pytest.raises(
-        ValueError, match=r"^model must have its weights for the proof, got LlamaForCausalLM on meta; wrap"
-    ):
-        wrap(model)
-
-
-def test_a_head_that_answers_per_row_is_refused():
-    model = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
-    with pytest.raises(
-        ValueError, match=r"^model must run a forward pass under anchor_attn, got LlamaForSequenceClassific"
-    ):
-        wrap(model)
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.03])
-def test_a_leak_that_no_name_reveals_is_caught_by_the_proof(plain, strength):
-    """A causal token shift in one layer, as RWKV or a short convolution has it: its config says plain llama."""
-
-    def add_previous_token(module, args, output):
-        return output + strength * F.pad(output, (0, 0, 1, 0))[:, :-1]
-
-    plain.model.layers[1].mlp.register_forward_hook(add_previous_token)
-    before = state_of(plain)
-    with pytest.raises(
-        ValueError, match=r"^model must keep documents apart, got LlamaForCausalLM in which changing one mo"
-    ):
-        wrap(plain)
-    assert state_of(plain) == before
-
-
-def test_a_layer_without_attention_is_caught_by_the_proof(plain):
-    class Mixer(nn.Module):
-        def forward(self, hidden_states, **kwargs):
-            return torch.zeros_like(hidden_states), None
-
-    plain.model.layers[1].self_attn = Mixer()
-    with pytest.raises(
-        ValueError, match=r"^model must have softmax attention in all of its 2 layers, got LlamaForCausalLM"
-    ):
-        wrap(plain)
-
-
-@pytest.mark.parametrize("value", [float("nan"), 0.0])
-def test_a_proof_that_shows_nothing_is_no_proof(plain, value):
-    plain.get_input_embeddings().weight.data.fill_(value)
-    with pytest.raises(
-        ValueError, match=r"^model must answer other tokens with other outputs for the proof, got LlamaForC"
-    ):
-        wrap(plain)
-
-
-def test_a_head_that_begins_as_zeros_is_no_obstacle(plain):
-    plain.lm_head.weight.data.zero_()
-
-    assert wrapping.is_wrapped(wrap(plain))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"pattern": "document"}, "pattern must be one of ('full', 'intra_doc', 'anchor'), got 'document'; pass one"),
-        ({"engine": "dense"}, "engine must be one of ('auto', 'reference', 'flex', 'varlen'), got 'dense'; pass one"),
-        ({"rope_precision": "float8"}, "rope_precision must be one of"),
-    ],
-)
-def test_unknown_settings_are_refused_and_leave_a_wrapped_model_wrapped(wrapped, arguments, message):
-    before = state_of(wrapped)
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        wrap(wrapped, **arguments)
-
-    assert state_of(wrapped) == before
-
-
-def test_the_proof_runs_without_a_gradient_and_in_eval_mode(plain, monkeypatch):
-    seen = []
-
-    def noting(model, input_ids):
-        seen.append((model.training, torch.is_grad_enabled()))
-        return forward(model, input_ids)
-
-    forward = proof._forward
-    monkeypatch.setattr(proof, "_forward", noting)
-    wrap(plain.train())
-
-    assert seen == [(False, False)] * 2
-    assert plain.training
-
-
-# --- other models and precisions -------------------------------------------------------------------------------------
-
-
-def test_a_model_without_a_head_can_be_wrapped():
-    model = wrap(AutoModel.from_config(tiny_config("llama")).eval())
-
-    assert model(input_ids=TOKENS, document_ids=LAYOUT).last_hidden_state.shape == (2, 15, SIZES["hidden_size"])
-
-
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_bfloat16_models_hand_bfloat16_to_the_attention(monkeypatch, family):
-    model = wrap(tiny_model(family, torch.bfloat16))
-    seen = set()
-
-    def noting(query, key, value, *args, **kwargs):
-        seen.update((query.dtype, key.dtype, value.dtype))
-        return anchor_attention(query, key, value, *args, **kwargs)
-
-    monkeypatch.setattr(forward, "anchor_attention", noting)
-    logits = logits_of(model, document_ids=LAYOUT)
-
-    assert seen == {torch.bfloat16}
-    assert logits.dtype == torch.bfloat16
-    assert logits.isfinite().all()
-
-
-def test_a_rotary_module_in_float32_keeps_the_attention_in_the_models_dtype(monkeypatch):
-    model = tiny_model("llama", torch.bfloat16)
-    rotary = model.model.rotary_emb
-    monkeypatch.setattr(rotary, "forward", lambda x, position_ids, f=rotary.forward: f(x.float(), position_ids))
-    wrap(model)
-    seen = set()
-
-    def noting(query, key, value, *args, **kwargs):
-        seen.update((query.dtype, key.dtype, value.dtype))
-        return anchor_attention(query, key, value, *args, **kwargs)
-
-    monkeypatch.setattr(forward, "anchor_attention", noting)
-    # A cache would make one tensor of float32 keys and bfloat16 values, and the values float32.
-    logits_of(model, document_ids=LAYOUT, use_cache=False)
-
-    assert seen == {torch.bfloat16}
-
-
-def test_eager_models_still_give_attention_weights_without_document_ids():
-    model = tiny_model("llama", torch.float32, attn_implementation="eager")
-    before = model(input_ids=TOKENS, output_attentions=True).attentions
-    after = wrap(model)(input_ids=TOKENS, output_attentions=True).attentions
-
-    assert len(before) == len(after) == 2
-    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
-
-
-# --- Trainer ---------------------------------------------------------------------------------------------------------
-
-
-def test_two_steps_of_a_trainer_run_on_layouts(plain, tmp_path):
-    def collate(examples):
-        layout = PackedLayout.from_lengths([example["lengths"] for example in examples])
-        tokens = torch.stack([example["input_ids"] for example in examples])
-        return {
-            "input_ids": tokens,
-            "labels": tokens.masked_fill(layout.document_ids < 1, -100),
-            "position_ids": layout.position_ids("continuous"),
-            "document_ids": layout,
-        }
-
-    examples = [{"input_ids": TOKENS[0], "lengths": lengths} for lengths in ([7, 5, 2], [14], [4, 10], [13, 1])]
-    arguments = transformers.TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=2, remove_unused_columns=False, report_to="none",
-        use_cpu=True, save_strategy="no", disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
-    model = wrap(plain)
-    before = model.lm_head.weight.detach().clone()
-    trainer = transformers.Trainer(model, arguments, train_dataset=examples, data_collator=collate)
-    result = trainer.train()
-
-    assert result.global_step == 2
-    assert torch.tensor(result.training_loss).isfinite()
-    assert not torch.equal(model.lm_head.weight, before)
+    for mask, window in ((forward.DeferredMask({"local_size": 2}), None), (forward.DeferredMask({}), 2)):
+        with pytest.raises(
+            ValueError, match=r"^LlamaAttention must hand its attention window to the attention function, got s"
+        ):
+            forward.attention_forward(layer, states, states, states, mask, document_ids=layout, sliding_window=window)

@@ -2,6 +2,9 @@
 
 "By itself" is the unwrapped model on [anchor + document], with the same position ids and an attention_mask of ones
 (without one, transformers takes a jump in position ids for packing).
+
+Every family passes the first relation, and shows that its features would be missed; all relations are for the core, and
+for the others in `make test-all` and `make support`.
 """
 
 import copy
@@ -10,6 +13,7 @@ from functools import cache
 import pytest
 import torch
 from families import FAMILIES, VOCAB_SIZE, tiny_model
+from support_matrix import FEATURES
 
 from anchor_attn import PackedLayout, unwrap, wrap
 from anchor_attn.attention import anchor_attention
@@ -17,13 +21,25 @@ from anchor_attn.hf import forward
 
 LAYOUT = PackedLayout.from_lengths([[9, 6, 1, 11], [3, 17, 2]], seq_len=30)
 
+# One of each kind: windows, softcaps, sinks, experts, latent attention, biases, and none of these.
+CORE = (
+    "cohere2", "deepseek_v3", "gemma2", "gemma3_text", "gpt_neox", "gpt_oss", "llama", "mistral", "olmo2", "phi3",
+    "qwen2", "qwen3_moe",
+)  # fmt: skip
+
+
+def core_first(families=tuple(FAMILIES)):
+    """All of these families, those beyond the core as slow tests."""
+    slow = {name: () if name in CORE else pytest.mark.slow for name in families}
+    return pytest.mark.parametrize("family", [pytest.param(name, marks=mark) for name, mark in slow.items()])
+
+
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def tolerance(family):
     """How far apart two ways of computing the same logits may be, relative to the largest."""
-    # Its eager attention, the only one that knows softcap, takes the softmax in float32.
-    return 2e-6 if family == "gemma2" else 1e-10
+    return 2e-6 if FAMILIES[family].float32 else 1e-10
 
 
 def random_tokens(layout=LAYOUT):
@@ -98,19 +114,8 @@ def assert_same_gradients(ours, theirs, relative):
         )
 
 
-@every_family
-@pytest.mark.parametrize(
-    ("pattern", "engine", "policy"),
-    [
-        ("anchor", "reference", "continuous"),
-        ("anchor", "reference", "reset"),
-        ("anchor", "varlen", "continuous"),
-        ("anchor", "varlen", "reset"),
-        ("intra_doc", "varlen", "reset"),
-        ("full", "varlen", "continuous"),
-    ],
-)
-def test_a_packed_row_equals_each_document_by_itself(family, pattern, engine, policy):
+def assert_packed_equals_alone(family, pattern, engine, policy):
+    """Logits and all parameter gradients of a packed batch, against each document by itself."""
     model = wrap(tiny_model(family), pattern, engine)
     logits = packed(model, policy)
     (logits * weights_of_logits()).sum().backward()
@@ -121,11 +126,37 @@ def test_a_packed_row_equals_each_document_by_itself(family, pattern, engine, po
         logits[real], expected[real], rtol=0, atol=tolerance(family) * float(expected.abs().max())
     )
     # Norms that go through float32 round each document's gradient before the sum.
-    assert_same_gradients(gradients_of(model), expected_gradients, 2e-5 if family == "gemma2" else 1e-6)
+    assert_same_gradients(gradients_of(model), expected_gradients, 2e-5 if FAMILIES[family].float32 else 1e-6)
+
+
+@pytest.mark.supports("packed = alone")
+@every_family
+def test_a_packed_row_equals_each_document_by_itself(family):
+    assert_packed_equals_alone(family, "anchor", "varlen", "continuous")
+
+
+@core_first()
+@pytest.mark.parametrize(
+    ("pattern", "engine", "policy"),
+    [
+        ("anchor", "reference", "continuous"),
+        ("anchor", "reference", "reset"),
+        ("anchor", "varlen", "reset"),
+        ("intra_doc", "varlen", "reset"),
+        ("full", "varlen", "continuous"),
+    ],
+)
+def test_so_it_does_under_other_patterns_engines_and_positions(family, pattern, engine, policy):
+    assert_packed_equals_alone(family, pattern, engine, policy)
 
 
 @pytest.mark.parametrize(
-    ("family", "feature"), [(name, feature) for name, family in FAMILIES.items() for feature in family.bites]
+    ("family", "feature"),
+    [
+        pytest.param(name, feature, marks=pytest.mark.supports(FEATURES[feature]) if feature in FEATURES else ())
+        for name, family in FAMILIES.items()
+        for feature in family.bites
+    ],
 )
 def test_the_family_test_would_see_a_lost_feature(monkeypatch, family, feature):
     """The same model and rows as above: without the feature the logits are far outside the tolerance."""
@@ -155,7 +186,35 @@ def test_the_family_test_would_see_an_anchor_kept_outside_the_window(monkeypatch
     assert (packed(model)[real] - expected[real]).abs().max() > 1e-2 * expected.abs().max()
 
 
-@every_family
+@pytest.mark.supports("unequal heads")
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.unequal_heads])
+def test_values_of_another_size_than_queries_reach_the_engine_as_they_are(monkeypatch, family):
+    """With the first relation: packed equals alone, on heads of these sizes."""
+    model = wrap(tiny_model(family), "anchor", "varlen")
+    sizes = set()
+
+    def noting(query, key, value, *args, **kwargs):
+        sizes.add((query.shape[-1], value.shape[-1]))
+        return anchor_attention(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(forward, "anchor_attention", noting)
+    packed(model)
+
+    assert any(of_query != of_value for of_query, of_value in sizes)
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.without])
+@torch.no_grad()
+def test_what_the_model_itself_does_to_positions_and_scores_bites_too(family):
+    """The same weights with the option off: the packed logits would be far outside the tolerance."""
+    expected, _ = alone(family, "anchor", "continuous")
+    real = LAYOUT.document_ids >= 0
+    moved = packed(wrap(tiny_model(family, **FAMILIES[family].without)))[real] - expected[real]
+
+    assert moved.abs().max() > 1e-2 * expected.abs().max()
+
+
+@core_first()
 def test_the_families_lose_their_equality_under_another_pattern(family):
     """Nothing of the above is vacuous: anchors and other documents bite in every family."""
     expected, _ = alone(family, "anchor", "continuous")
@@ -168,7 +227,7 @@ def test_the_families_lose_their_equality_under_another_pattern(family):
 # --- without document_ids --------------------------------------------------------------------------------------------
 
 
-@every_family
+@core_first()
 @torch.no_grad()
 def test_without_document_ids_outputs_equal_the_plain_model_bit_for_bit(family):
     plain = tiny_model(family, torch.float32)
@@ -182,7 +241,8 @@ def test_without_document_ids_outputs_equal_the_plain_model_bit_for_bit(family):
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 
 
-@every_family
+@pytest.mark.supports("generate")
+@core_first()
 @pytest.mark.parametrize("cache_implementation", [None, "static"])
 def test_generation_equals_the_plain_models(family, cache_implementation):
     plain = tiny_model(family, torch.float32)
@@ -206,7 +266,8 @@ def test_generation_equals_the_plain_models(family, cache_implementation):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-@every_family
+@pytest.mark.supports("checkpointing")
+@core_first([name for name, family in FAMILIES.items() if family.checkpoints])
 def test_gradient_checkpointing_changes_no_loss_and_no_gradient(family):
     results = []
     for checkpointing in (False, True):
@@ -222,7 +283,13 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient(family):
     assert_same_gradients(checkpointed, gradients, 1e-10)
 
 
-@every_family
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.checkpoints])
+def test_families_without_a_checkpointing_test_have_no_checkpointing_of_their_own(family):
+    with pytest.raises(ValueError, match="does not support"):
+        enable_checkpointing(tiny_model(family))
+
+
+@core_first()
 def test_unwrapping_restores_outputs_and_implementation(family):
     plain = tiny_model(family)
     model = unwrap(wrap(copy.deepcopy(plain)))

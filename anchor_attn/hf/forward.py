@@ -2,6 +2,10 @@
 
 transformers' mask function knows nothing of `document_ids`; ours returns a `DeferredMask`, which is only built when a
 forward without them asks for the attention that the model had before.
+
+Under torch.compile two functions stay outside the graphs: the one that checks the inputs, and the attention itself. A
+layout is host data, and every new one would be a graph of its own. Without `document_ids` all is traced, as it would be
+in the plain model.
 """
 
 import inspect
@@ -19,6 +23,8 @@ from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, Settings
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PADDING_ID
 
+OFFSETS = ("q_offset", "kv_offset")
+
 
 def before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Check a wrapped model's inputs, and turn a tensor of document ids into the layout that all layers share."""
@@ -34,6 +40,13 @@ def before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
             mask = as_before(given["attention_mask"], vars(module)[SETTINGS].previous)
             return args, {**kwargs, "attention_mask": mask}
         return None
+    return args, {**kwargs, **_packed_inputs(module, given)}
+
+
+@torch.compiler.disable(reason="anchor_attn checks document_ids on the host, once a forward")
+def _packed_inputs(module: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that make a forward packed, after all checks: the layout, and no cache where none was asked for."""
+    document_ids = given["document_ids"]
     if not module.config._attn_implementation.startswith(IMPLEMENTATION):  # the proof's own name begins so too
         raise ValueError(
             f"{_name(module)} must keep attn_implementation={IMPLEMENTATION!r} while it is wrapped, got "
@@ -46,7 +59,7 @@ def before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
         layout = layout.to(tokens.device)
     # A training step has no use for a cache, and a DynamicCache promotes the values to the keys' dtype.
     no_cache = {} if "use_cache" in given or "past_key_values" in given else {"use_cache": False}
-    return args, {**kwargs, **no_cache, "document_ids": layout}
+    return {**no_cache, "document_ids": layout}
 
 
 def as_layout(document_ids: PackedLayout | Tensor) -> PackedLayout:
@@ -112,8 +125,8 @@ def attention_forward(
     settings: Settings | None = getattr(module, SETTINGS, None)
     if settings is None:
         raise ValueError(
-            f"{_name(module)} must be wrapped to run attn_implementation={IMPLEMENTATION!r}, got a model built from a "
-            "wrapped model's config; call model.set_attn_implementation('sdpa'), then wrap(model)."
+            f"{_name(module)} must be wrapped to run attn_implementation={IMPLEMENTATION!r}, got one that only its "
+            "config names; call model.set_attn_implementation('sdpa'), then wrap(model)."
         )
     if document_ids is None:
         if module.training:
@@ -122,11 +135,22 @@ def attention_forward(
                 "pass document_ids to the model by keyword."
             )
         mask = attention_mask.build(settings.previous) if isinstance(attention_mask, DeferredMask) else attention_mask
-        return _attention_before(module, settings.previous)(module, query, key, value, mask, **kwargs)
-    if kwargs.get("dropout"):
-        raise ValueError(
-            f"attention dropout must be 0 under anchor_attn, got {kwargs['dropout']}; set it to 0 in the config."
-        )
+        return attention_before(module, settings.previous)(module, query, key, value, mask, **kwargs)
+    return _attend_packed(module, query, key, value, attention_mask, document_ids, kwargs), None
+
+
+@torch.compiler.disable(reason="anchor_attn attends eagerly: new documents would be new graphs")
+def _attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: "DeferredMask | Tensor | None",
+    document_ids: PackedLayout | Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The attention of one layer over packed documents; [B, S, H, V]."""
+    settings: Settings = getattr(module, SETTINGS)
     window = kwargs.get("sliding_window")
     if isinstance(attention_mask, DeferredMask) and attention_mask.local_size != window:
         raise ValueError(
@@ -146,8 +170,9 @@ def attention_forward(
         sliding_window=window,
         keep_anchor=False,
         sinks=kwargs.get("s_aux"),
+        dropout=kwargs.get("dropout") or 0.0,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
 
 
 @dataclass
@@ -194,10 +219,12 @@ def as_before(mask: Any, implementation: str) -> Any:
 
 def defer_mask(**arguments: Any) -> DeferredMask:
     """The mask function of a wrapped model."""
-    return DeferredMask(arguments)
+    # A static cache counts its tokens in place, and has counted on by the time the mask is built.
+    now = {name: arguments[name].clone() for name in OFFSETS if isinstance(arguments.get(name), Tensor)}
+    return DeferredMask({**arguments, **now})
 
 
-def _attention_before(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def attention_before(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function that this layer's own code would have chosen."""
     for base in type(module).__mro__:
         code = sys.modules[base.__module__]

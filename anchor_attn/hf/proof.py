@@ -1,89 +1,72 @@
-"""Proof that `wrap` took: refusals by name, and one tiny forward pair in which nothing may leak.
+"""Proof that `wrap` took: one tiny forward pair, in which every layer must call us and nothing may leak.
 
-Some decoders accept the setting and ignore it; others carry state past attention, in a convolution or a recurrence.
-Both would train on leaking documents without a word.
+Some decoders accept the setting and ignore it; others carry state past attention, in a convolution or a recurrence;
+others again give their scores a term that ours does not know. All would train on something else without a word.
 """
 
+import inspect
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from anchor_attn.hf.forward import attention_forward, defer_mask
-from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, holders, set_implementation, set_pattern
+from anchor_attn.configs import configs_of
+from anchor_attn.hf.forward import attention_before, attention_forward, defer_mask
+from anchor_attn.hf.settings import (
+    IMPLEMENTATION,
+    SETTINGS,
+    change_settings,
+    holders,
+    set_implementation,
+)
 from anchor_attn.masks import PackedLayout
 
-SOFTMAX_LAYERS = {"full_attention", "sliding_attention"}
+# The arguments of a layer's own attention that `attention_forward` reads too.
+KNOWN = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout"}
+KNOWN |= {"sliding_window", "softcap", "s_aux"}
 LEAK_RATIO = 1e-3
 PROOF = "anchor_attn_proof"
-
-
-def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raise for models whose config already says that documents cannot be kept apart.
-
-    Raises:
-        TypeError: not a transformers model.
-        ValueError: a model with an encoder, images or sound, layers that are not softmax attention, bidirectional
-            attention, or weights that are not here.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}; "
-            "wrap the decoder itself, before PEFT, DDP or FSDP."
-        )
-    name, config = type(model).__name__, model.config
-    if config.is_encoder_decoder:
-        raise ValueError(f"model must be a decoder, got {name} with an encoder; wrap a decoder-only model.")
-    if config.get_text_config() is not config:
-        raise ValueError(f"model must be a text decoder, got {name} with other inputs; wrap a text-only checkpoint.")
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
-        raise ValueError(f"model must attend causally, got {name} set to bidirectional; change its config.")
-    if others := sorted(set(getattr(config, "layer_types", None) or ()) - SOFTMAX_LAYERS):
-        raise ValueError(
-            f"model must have only softmax attention layers, got {name} with {', '.join(others)}, which no document "
-            "mask reaches; wrap a model of full and sliding attention."
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(f"model must have its weights for the proof, got {name} on meta; wrap after loading.")
 
 
 def prove(model: PreTrainedModel) -> None:
     """Run a wrapped model on two packed documents, twice, the first document changed in between.
 
     Raises:
-        ValueError: a layer did not call our attention function or is not causal, the second document moved, or the
-            forward failed.
+        ValueError: a layer did not call our attention function, gave it what it does not know or is not causal, the
+            model takes no positions, the second document moved, or the forward failed.
     """
     name = type(model).__name__
     first = _proof_tokens(model)
     second = first.clone()
     second[:, 1:5] = (second[:, 1:5] + 1) % model.config.vocab_size
     failure = None
-    with _proving(model) as callers, torch.no_grad():
+    with _proving(model) as seen, torch.no_grad():
         try:
             moved = (_forward(model, second) - _forward(model, first)).abs().amax(dim=(0, 2))
+            ignored = not seen.calls
         except Exception as error:  # whatever another library's model raises becomes one line, with its cause kept
-            failure = error
-    if not callers:
+            failure, ignored = error, not seen.calls and _runs_by_itself(model)
+    if ignored:
         raise ValueError(
             f"model must take its attention from transformers' AttentionInterface, got {name}, which ignores it; "
             "use a model that supports attn_implementation."
         ) from failure
+    if bidirectional := {type(layer).__name__ for layer in seen.calls if getattr(layer, "is_causal", True) is False}:
+        raise ValueError(
+            f"model must attend causally, got {name} with {', '.join(sorted(bidirectional))}; wrap a decoder."
+        ) from failure
     if failure is not None:
+        reason = str(failure).partition("\n")[0]
         raise ValueError(
             f"model must run a forward pass under anchor_attn, got {name}, in which it failed with "
-            f"{type(failure).__name__}: {failure}"
+            f"{type(failure).__name__}: {reason}"
         ) from failure
-    if bidirectional := {type(layer).__name__ for layer in callers if getattr(layer, "is_causal", True) is False}:
-        raise ValueError(f"model must attend causally, got {name} with {', '.join(bidirectional)}; wrap a decoder.")
-    if len(callers) < model.config.num_hidden_layers:
-        raise ValueError(
-            f"model must have softmax attention in all of its {model.config.num_hidden_layers} layers, got {name} with "
-            f"{len(callers)}; the others carry state that no document mask reaches."
-        )
+    _check_calls(model, seen)
     touched, untouched = float(moved[1:5].max()), float(moved[5:].max())
     if not touched > 0:  # NaN too
         raise ValueError(
@@ -96,6 +79,58 @@ def prove(model: PreTrainedModel) -> None:
             f"{untouched / touched:.1e} of its own movement; a layer carries state past attention, or hands "
             "document_ids no further."
         )
+
+
+@dataclass
+class _Seen:
+    """What our attention was asked for in the proof's two forwards.
+
+    Attributes:
+        calls: how often each layer called.
+        unknown: arguments that a layer's own attention names and was given, and ours does not read.
+    """
+
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+    unknown: set[str] = field(default_factory=set)
+
+    def note(self, layer: nn.Module, arguments: dict[str, Any]) -> None:
+        """Count one call of a layer."""
+        self.calls[layer] += 1
+        names = set(inspect.signature(attention_before(layer, "eager")).parameters) - KNOWN
+        self.unknown |= {name for name in names if arguments.get(name) is not None}
+
+
+def _check_calls(model: PreTrainedModel, seen: _Seen) -> None:
+    """Raise unless every layer called, with arguments that we know, and positions can be given."""
+    name, layers = type(model).__name__, model.config.num_hidden_layers
+    if seen.unknown:
+        raise ValueError(
+            f"model must ask for attention that the engines know, got {name} with {', '.join(sorted(seen.unknown))}; "
+            "wrap a model without it."
+        )
+    if seen.calls.total() < 2 * layers:  # in two forwards; a model that loops over its layers calls one many times
+        raise ValueError(
+            f"model must have softmax attention in all of its {layers} layers, got {name} with {len(seen.calls)}; "
+            "the others carry state that no document mask reaches."
+        )
+    forwards = [inspect.signature(part.forward) for part in model.modules() if isinstance(part, PreTrainedModel)]
+    if not any("position_ids" in forward.parameters for forward in forwards):
+        raise ValueError(
+            f"model must take position_ids, got {name}, which counts positions over the row by itself; "
+            "wrap a decoder that takes them."
+        )
+
+
+def _runs_by_itself(model: PreTrainedModel) -> bool:
+    """Whether the proof's tokens pass through the attention that the model had before."""
+    for module, settings in holders(model).items():
+        for config in configs_of(module).values():
+            config._attn_implementation = settings.previous
+    try:
+        model(input_ids=_proof_tokens(model), use_cache=False)
+    except Exception:  # the proof failed in the same way and is reported
+        return False
+    return True
 
 
 def _proof_tokens(model: PreTrainedModel) -> Tensor:
@@ -116,12 +151,12 @@ def _forward(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _proving(model: PreTrainedModel) -> Iterator[set[nn.Module]]:
+def _proving(model: PreTrainedModel) -> Iterator[_Seen]:
     """The model in eval mode, intra-document, on an implementation that notes which layers call it."""
-    callers: set[nn.Module] = set()
+    seen = _Seen()
 
     def noting_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        callers.add(module)
+        seen.note(module, kwargs)
         return attention_forward(module, *args, **kwargs)
 
     AttentionInterface.register(PROOF, noting_forward)
@@ -129,10 +164,14 @@ def _proving(model: PreTrainedModel) -> Iterator[set[nn.Module]]:
     training = {module: module.training for module in model.modules()}
     held = holders(model)
     model.eval()
-    set_pattern(model, "intra_doc")
+    # What is proven – every layer calls us, nothing leaks past us – lies in the model and holds for all engines, which
+    # are tested by themselves. The reference runs in any dtype on any device, and compiles nothing.
+    change_settings(model, pattern="intra_doc", engine="reference")
     set_implementation(model, PROOF)
     try:
-        yield callers
+        # Where the model was compiled in place, two tiny forwards are no reason to compile it.
+        with torch.compiler.set_stance("force_eager"):
+            yield seen
     finally:
         AttentionInterface.register(PROOF, attention_forward)  # nothing global may hold the model
         set_implementation(model, IMPLEMENTATION)

@@ -1,11 +1,11 @@
 """What a wrapped model was asked for, kept beside every config that the model holds."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 
-from anchor_attn.attention import Engine
+from anchor_attn.configs import configs_of
 from anchor_attn.masks.patterns import Pattern
 
 # Not a word with "flash" in it: transformers treats such names as FlashAttention and drops the mask.
@@ -24,13 +24,8 @@ class Settings:
     """
 
     pattern: Pattern
-    engine: Engine
+    engine: str
     previous: str
-
-
-def configs_of(module: nn.Module) -> dict[str, PreTrainedConfig]:
-    """The configs that a module holds, by attribute."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, PreTrainedConfig)}
 
 
 def holders(model: nn.Module) -> dict[nn.Module, Settings]:
@@ -45,7 +40,12 @@ def set_implementation(model: nn.Module, implementation: str) -> None:
             config._attn_implementation = implementation
 
 
+def change_settings(model: nn.Module, **changes: Any) -> None:
+    """Give every holder of a wrapped model its settings with some of the fields changed."""
+    for module, settings in holders(model).items():
+        setattr(module, SETTINGS, replace(settings, **changes))
+
+
 def set_pattern(model: nn.Module, pattern: Pattern) -> None:
     """Give a wrapped model, proven already, another pattern."""
-    for module, settings in holders(model).items():
-        setattr(module, SETTINGS, replace(settings, pattern=pattern))
+    change_settings(model, pattern=pattern)

@@ -7,27 +7,27 @@ transformers hands keywords of the model to its attention function, so `document
 """
 
 import copy
-import logging
-from typing import Any
+import sys
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from anchor_attn.attention import Engine, choose_engine
+from anchor_attn.configs import configs_of
+from anchor_attn.engines.choice import check_engine
 from anchor_attn.hf.forward import attention_forward, before_forward, defer_mask
-from anchor_attn.hf.proof import prove, refuse_unsupported
-from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, Settings, configs_of, holders, set_implementation
+from anchor_attn.hf.proof import prove
+from anchor_attn.hf.refusals import refuse_unsupported
+from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, Settings, holders, set_implementation
 from anchor_attn.masks.patterns import PATTERNS, Pattern
 
 HANDLES = "_anchor_attn_handles"
 ROPE_PRECISIONS = ("model",)
 
-logger = logging.getLogger("anchor_attn")
+M = TypeVar("M", bound=nn.Module)
 
 
-def wrap(
-    model: PreTrainedModel, pattern: Pattern = "anchor", engine: Engine = "auto", rope_precision: str = "model"
-) -> PreTrainedModel:
+def wrap(model: M, pattern: Pattern = "anchor", engine: str = "auto", rope_precision: str = "model") -> M:
     """Give a transformers decoder document-aware attention.
 
         wrap(model, pattern="anchor")
@@ -37,10 +37,11 @@ def wrap(
     Without `document_ids` the model computes what it computed before, and raises if it is training or gets labels.
     Sliding layers count the anchor as an ordinary token before each document, so that one document behind the anchor
     equals the unwrapped model. The model gets a config of its own; others built from the same config stay as they are.
-    Wrapping a wrapped model changes its settings.
+    Wrapping a wrapped model changes its settings. The same model may be compiled, and put under DDP, FSDP2 or PEFT,
+    before or after; attention itself is left out of torch.compile's graphs, so that new documents compile nothing.
 
     Args:
-        model: a decoder with causal softmax attention in every layer.
+        model: a transformers decoder with causal softmax attention in every layer, or a PEFT model of one.
         pattern: "full", "intra_doc" or "anchor".
         engine: as `anchor_attention`.
         rope_precision: "model".
@@ -57,17 +58,14 @@ def wrap(
         raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}; pass one of them.")
     if rope_precision not in ROPE_PRECISIONS:
         raise ValueError(f"rope_precision must be one of {ROPE_PRECISIONS}, got {rope_precision!r}; pass 'model'.")
-    chosen = choose_engine(engine)
-    refuse_unsupported(model)
+    check_engine(engine)
+    decoder = decoder_of(model)
+    refuse_unsupported(decoder)
     unwrap(model)
     if any(c._attn_implementation == IMPLEMENTATION for m in model.modules() for c in configs_of(m).values()):
         raise ValueError(
-            f"model must have an attention of its own beside anchor_attn, got {type(model).__name__} built from a "
-            "wrapped model's config; call model.set_attn_implementation('sdpa') first."
-        )
-    if engine == "auto":
-        logger.info(
-            "engine='auto' chose %r for %s: exact on every device, a document at a time", chosen, type(model).__name__
+            f"model must have an attention of its own beside anchor_attn, got {type(decoder).__name__} whose "
+            "config names nothing else; call model.set_attn_implementation('sdpa') first."
         )
     register()
     _own_configs(model)
@@ -77,17 +75,19 @@ def wrap(
     set_implementation(model, IMPLEMENTATION)
     submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     handles = [module.register_forward_pre_hook(before_forward, with_kwargs=True) for module in submodels]
-    setattr(model, HANDLES, handles)
+    setattr(decoder, HANDLES, handles)
     try:
-        prove(model)
+        prove(decoder)
     except BaseException:
         unwrap(model)
         raise
     return model
 
 
-def unwrap(model: PreTrainedModel) -> PreTrainedModel:
+def unwrap(model: M) -> M:
     """Give a wrapped model the attention back that it had before; other models are left as they are.
+
+    An implementation that was set on it since it was wrapped stays.
 
     Returns:
         The same model, on the config of its own that `wrap` gave it.
@@ -97,14 +97,21 @@ def unwrap(model: PreTrainedModel) -> PreTrainedModel:
             handle.remove()
     for module, settings in holders(model).items():
         for config in configs_of(module).values():
-            config._attn_implementation = settings.previous
+            if config._attn_implementation == IMPLEMENTATION:
+                config._attn_implementation = settings.previous
         delattr(module, SETTINGS)
     return model
 
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether `wrap` was called on this model and not undone."""
-    return HANDLES in model.__dict__
+    return HANDLES in vars(decoder_of(model))
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The transformers model that a PEFT model adapts; any other model itself."""
+    peft = sys.modules.get("peft")  # no PEFT model is here without it
+    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 
 
 def register() -> None:
@@ -113,7 +120,7 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, defer_mask)
 
 
-def _own_configs(model: PreTrainedModel) -> None:
+def _own_configs(model: nn.Module) -> None:
     """Replace the config on every submodule that holds it: models built from one config share its implementation."""
     copies: dict[int, Any] = {}
     for module in model.modules():
