@@ -1,0 +1,238 @@
+"""What each extension method writes into a config, and the frequencies that come of it.
+
+    method          what changes                                         as plain transformers loads it
+    "default"       nothing, or the base (theta=…)                       default
+    "linear"        position interpolation, θ/s                          linear
+    "ntk"           NTK-aware, a base of b · s^(R/(R−2))                 default
+    "dynamic"       NTK-aware by the input's length                      dynamic
+    "ntk_by_parts"  slow pairs interpolated, fast ones kept              longrope, a list of factors
+    "yarn"          by parts, ramp in the pair's index, and √(1/t)       yarn
+    "yarn_paper"    by parts, ramp in its turns, and √(1/t)              longrope, a list of factors
+    "longrope"      searched factors, from position n̂ on                 longrope; with n̂ only by `load`
+    "llama3"        by wavelength, smooth between                        llama3
+
+Where transformers has a method, its own function computes it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from anchor_attn.masks.layout import checked_int
+from anchor_attn.rope.frequencies import by_parts, ntk_theta, rescale_factors, yarn_attention_factor
+from anchor_attn.rope.precision import inverse_frequencies
+
+# Its name says to plain transformers, which does not know it, what it lacks.
+NEEDS_US = "needs_anchor_attn_"
+
+Parameters = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Original:
+    """RoPE as a model was trained with it, of one kind of layer.
+
+    Attributes:
+        parameters: transformers' own, of type "default".
+        length: tokens [L].
+        rotary_dim: how many numbers of a head are rotated [R].
+    """
+
+    parameters: Parameters
+    length: int
+    rotary_dim: int
+
+    @property
+    def theta(self) -> float:
+        """The base."""
+        return self.parameters["rope_theta"]
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Inverse frequencies, float32 [R/2]."""
+        return inverse_frequencies(self.rotary_dim, self.theta)
+
+
+def method_frequencies(
+    method: str,
+    theta: float,
+    rotary_dim: int,
+    original_len: int,
+    factor: float,
+    seq_len: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, float]:
+    """What a method makes of RoPE, as transformers computes it.
+
+        method_frequencies("yarn", 10_000.0, 128, 4096, 16.0)[1]      1.2773
+
+    Args:
+        method: a name of the module's table.
+        theta: the base.
+        rotary_dim: how many numbers of a head are rotated [R].
+        original_len: tokens the model was trained on.
+        factor: how many times longer.
+        seq_len: of the input, for methods that choose by it; None for the longest.
+        options: as `extend`.
+
+    Returns:
+        Inverse frequencies, float32 [R/2], and the factor on cos and sin.
+    """
+    original = Original({"rope_type": "default", "rope_theta": theta}, original_len, rotary_dim)
+    longest = round(original_len * factor) if seq_len is None else seq_len
+    return frequencies_of(METHODS[method](original, factor, **options), original, longest)
+
+
+def frequencies_of(parameters: Parameters, original: Original, seq_len: int | None = None) -> tuple[Tensor, float]:
+    """What transformers makes of rope parameters: inverse frequencies, float32 [R/2], and the factor on cos and sin."""
+    parameters = {"rope_theta": original.theta, **parameters}
+    parameters["rope_type"] = parameters["rope_type"].removeprefix(NEEDS_US)
+    if parameters["rope_type"] == "default":
+        return inverse_frequencies(original.rotary_dim, parameters["rope_theta"]), 1.0
+    config = LlamaConfig(
+        head_dim=original.rotary_dim, max_position_embeddings=original.length, rope_parameters=parameters
+    )
+    with torch.device("cpu"):
+        return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"), seq_len=seq_len)
+
+
+def checked_factors(name: str, factors: Sequence[float], pairs: int) -> list[float]:
+    """Rescale factors, one a pair, above 0 and not falling, as floats.
+
+    Raises:
+        ValueError: their number, or one of them.
+    """
+    checked = [float(factor) for factor in factors]
+    if len(checked) != pairs:
+        raise ValueError(f"{name} must hold a factor for each of {pairs} pairs, got {len(checked)}; pass {pairs}.")
+    if not all(0 < factor < math.inf for factor in checked):
+        raise ValueError(f"{name} must be above 0 and finite, got {checked}; pass 1.0 to keep a pair as it is.")
+    falls = [i for i in range(1, pairs) if checked[i] < checked[i - 1]]
+    if falls:
+        raise ValueError(
+            f"{name} must not fall from pair to pair, got {checked[falls[0] - 1]} before {checked[falls[0]]} at pair "
+            f"{falls[0]}; a slower pair is interpolated at least as much as a faster one."
+        )
+    return checked
+
+
+# --- each method's parameters ----------------------------------------------------------------------------------------
+
+
+def _default(original: Original, factor: float, theta: float | None = None) -> Parameters:
+    return {"rope_type": "default"} | ({} if theta is None else {"rope_theta": float(theta)})
+
+
+def _linear(original: Original, factor: float) -> Parameters:
+    return {"rope_type": "linear", "factor": factor}
+
+
+def _ntk(original: Original, factor: float) -> Parameters:
+    return {"rope_type": "default", "rope_theta": ntk_theta(original.theta, factor, original.rotary_dim)}
+
+
+def _dynamic(original: Original, factor: float) -> Parameters:
+    ntk_theta(original.theta, factor, original.rotary_dim)  # raises where it has no meaning
+    return {"rope_type": "dynamic", "factor": factor}
+
+
+def _ntk_by_parts(original: Original, factor: float, beta_fast: float = 32.0, beta_slow: float = 1.0) -> Parameters:
+    inv_freq = by_parts(original.inv_freq, factor, original.length, beta_slow, beta_fast)
+    return as_factors(original, factor, inv_freq, attention_factor=1.0)
+
+
+def _yarn(
+    original: Original,
+    factor: float,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    attention_factor: float | None = None,
+) -> Parameters:
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original.length,
+        "beta_fast": beta_fast,
+        "beta_slow": beta_slow,
+    } | ({} if attention_factor is None else {"attention_factor": float(attention_factor)})
+
+
+def _yarn_paper(
+    original: Original,
+    factor: float,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    attention_factor: float | None = None,
+) -> Parameters:
+    inv_freq = by_parts(original.inv_freq, factor, original.length, beta_slow, beta_fast)
+    return as_factors(
+        original, factor, inv_freq, yarn_attention_factor(factor) if attention_factor is None else attention_factor
+    )
+
+
+def _longrope(
+    original: Original,
+    factor: float,
+    factors: Sequence[float] = (),
+    short_factors: Sequence[float] | None = None,
+    n_hat: int = 0,
+    attention_factor: float | None = None,
+) -> Parameters:
+    pairs = original.rotary_dim // 2
+    short = [1.0] * pairs if short_factors is None else short_factors
+    parameters = {
+        "rope_type": "longrope",
+        "factor": factor,
+        "original_max_position_embeddings": original.length,
+        "long_factor": checked_factors("factors", factors, pairs),
+        "short_factor": checked_factors("short_factors", short, pairs),
+    }
+    if checked_int(n_hat, "n_hat") < 0:
+        raise ValueError(f"n_hat must be 0 or more positions, got {n_hat}; pass 0 to rescale all of them.")
+    if n_hat:
+        parameters |= {"rope_type": f"{NEEDS_US}longrope", "n_hat": n_hat}
+    return parameters | ({} if attention_factor is None else {"attention_factor": float(attention_factor)})
+
+
+def _llama3(
+    original: Original, factor: float, low_freq_factor: float = 1.0, high_freq_factor: float = 4.0
+) -> Parameters:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "original_max_position_embeddings": original.length,
+        "low_freq_factor": low_freq_factor,
+        "high_freq_factor": high_freq_factor,
+    }
+
+
+METHODS: dict[str, Callable[..., Parameters]] = {
+    "default": _default,
+    "linear": _linear,
+    "ntk": _ntk,
+    "dynamic": _dynamic,
+    "ntk_by_parts": _ntk_by_parts,
+    "yarn": _yarn,
+    "yarn_paper": _yarn_paper,
+    "longrope": _longrope,
+    "llama3": _llama3,
+}
+
+
+def as_factors(original: Original, factor: float, inv_freq: Tensor, attention_factor: float) -> Parameters:
+    """Any static method, as plain transformers loads it."""
+    factors = rescale_factors(original.inv_freq, inv_freq)
+    return {
+        "rope_type": "longrope",
+        "factor": factor,
+        "original_max_position_embeddings": original.length,
+        "long_factor": factors,
+        "short_factor": factors,
+        "attention_factor": float(attention_factor),
+    }
