@@ -122,7 +122,7 @@ def test_methods_that_choose_by_length_choose_as_transformers_does(length):
     model = tiny_model("llama", torch.float32, rope_parameters=parameters)
     x, position_ids = torch.zeros(1), torch.arange(length)[None]
     theirs = model.model.rotary_emb(x, position_ids)
-    for handle in override(model, "float32"):
+    for handle in override(model, "float32").values():
         ours = model.model.rotary_emb(x, position_ids)
         handle.remove()
     for one, two in zip(ours, theirs, strict=True):

@@ -7,6 +7,8 @@ from torch import nn
 
 from anchor_attn.configs import configs_of
 from anchor_attn.masks.patterns import Pattern
+from anchor_attn.rope.precision import RopePrecision
+from anchor_attn.rope.rotary import TableHook
 
 # Not a word with "flash" in it: transformers treats such names as FlashAttention and drops the mask.
 IMPLEMENTATION = "anchor_attn"
@@ -21,11 +23,15 @@ class Settings:
         pattern: as `anchor_attention`.
         engine: as `anchor_attention`.
         previous: the attention implementation before, which a forward without `document_ids` uses.
+        rope_precision: as `anchor_attn.rope`.
+        tables: what gives the rotary tables of a packed forward; none for "model".
     """
 
     pattern: Pattern
     engine: str
     previous: str
+    rope_precision: RopePrecision = "model"
+    tables: tuple[TableHook, ...] = ()
 
 
 def holders(model: nn.Module) -> dict[nn.Module, Settings]:

@@ -18,16 +18,17 @@ from anchor_attn.engines.choice import check_engine
 from anchor_attn.hf.forward import attention_forward, before_forward, defer_mask
 from anchor_attn.hf.proof import prove
 from anchor_attn.hf.refusals import refuse_unsupported
-from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, Settings, holders, set_implementation
+from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, Settings, change_settings, holders, set_implementation
 from anchor_attn.masks.patterns import PATTERNS, Pattern
+from anchor_attn.rope.precision import RopePrecision, check_rope_precision
+from anchor_attn.rope.rotary import override
 
 HANDLES = "_anchor_attn_handles"
-ROPE_PRECISIONS = ("model",)
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def wrap(model: M, pattern: Pattern = "anchor", engine: str = "auto", rope_precision: str = "model") -> M:
+def wrap(model: M, pattern: Pattern = "anchor", engine: str = "auto", rope_precision: RopePrecision = "model") -> M:
     """Give a transformers decoder document-aware attention.
 
         wrap(model, pattern="anchor")
@@ -44,7 +45,9 @@ def wrap(model: M, pattern: Pattern = "anchor", engine: str = "auto", rope_preci
         model: a transformers decoder with causal softmax attention in every layer, or a PEFT model of one.
         pattern: "full", "intra_doc" or "anchor".
         engine: as `anchor_attention`.
-        rope_precision: "model".
+        rope_precision: of the rotation in packed forwards, from frequencies computed anew from the config: "model"
+            (what the model does), "bfloat16" (cos, sin, query and key rounded to it), "float32" or "exact" (angles in
+            float64: position ten million is as good as 0). Without `document_ids` it is the model's own.
 
     Returns:
         The same model.
@@ -56,8 +59,7 @@ def wrap(model: M, pattern: Pattern = "anchor", engine: str = "auto", rope_preci
     """
     if pattern not in PATTERNS:
         raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}; pass one of them.")
-    if rope_precision not in ROPE_PRECISIONS:
-        raise ValueError(f"rope_precision must be one of {ROPE_PRECISIONS}, got {rope_precision!r}; pass 'model'.")
+    check_rope_precision(rope_precision)
     check_engine(engine)
     decoder = decoder_of(model)
     refuse_unsupported(decoder)
@@ -71,12 +73,16 @@ def wrap(model: M, pattern: Pattern = "anchor", engine: str = "auto", rope_preci
     _own_configs(model)
     for module in model.modules():
         for config in configs_of(module).values():
-            setattr(module, SETTINGS, Settings(pattern, engine, config._attn_implementation))
+            setattr(module, SETTINGS, Settings(pattern, engine, config._attn_implementation, rope_precision))
     set_implementation(model, IMPLEMENTATION)
     submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     handles = [module.register_forward_pre_hook(before_forward, with_kwargs=True) for module in submodels]
     setattr(decoder, HANDLES, handles)
     try:
+        if rope_precision != "model":
+            tables = override(decoder, rope_precision)
+            handles += tables.values()
+            change_settings(model, tables=tuple(tables))
         prove(decoder)
     except BaseException:
         unwrap(model)

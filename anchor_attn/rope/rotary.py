@@ -158,7 +158,7 @@ def keep_start(rotary: Rotary, inv_freq: Tensor, n_hat: int) -> None:
     vars(rotary.module).setdefault(START_HANDLES, []).append(handle)
 
 
-def override(model: nn.Module, precision: RopePrecision) -> list[RemovableHandle]:
+def override(model: nn.Module, precision: RopePrecision) -> "dict[TableHook, RemovableHandle]":
     """Let the rotary modules of a model give tables of a stated precision, from their configs' frequencies.
 
     The model rotates in the dtype that cos and sin have, as PyTorch promotes: of bfloat16 states in float32, where the
@@ -166,7 +166,7 @@ def override(model: nn.Module, precision: RopePrecision) -> list[RemovableHandle
     model asks for one: once a batch, for all layers.
 
     Returns:
-        What `remove()` takes off again.
+        A hook for each rotary module, with what takes it off again.
 
     Raises:
         ValueError: no rotary module, or one that is not recognised; then nothing is changed.
@@ -181,17 +181,18 @@ def override(model: nn.Module, precision: RopePrecision) -> list[RemovableHandle
     hooks: dict[nn.Module, TableHook] = {}
     for rotary, form in [(rotary, recognise(rotary)) for rotary in rotaries]:
         hooks.setdefault(rotary.module, TableHook(precision)).serve(rotary, form)
-    return [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
+    return {hook: module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()}
 
 
 class TableHook:
-    """A forward hook that gives a rotary module's table in a stated precision.
+    """A forward hook that gives a rotary module's table in a stated precision, while `is_on`.
 
     Methods that choose frequencies by the input's length read it from the positions, as transformers does, which syncs.
     """
 
     def __init__(self, precision: RopePrecision):
         self.precision = precision
+        self.is_on = True
         self._served: dict[str | None, tuple[Rotary, RotaryForm]] = {}
         self._frequencies: dict[Any, tuple[Tensor, float]] = {}
 
@@ -201,6 +202,8 @@ class TableHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The table for the states and the positions that the module was called with."""
+        if not self.is_on:
+            return output
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         states, position_ids = next(iter(given.values())), given["position_ids"]
         rotary, form = self._served[given.get("layer_type")]
