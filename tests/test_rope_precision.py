@@ -358,6 +358,22 @@ def test_scores_drift_with_the_position_as_measured(policy, dtype):
     assert drift == pytest.approx(DRIFT[policy, dtype], rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "most", "within"),
+    # Without the cast what is left is the rounding of the products, and of their sums in whatever order BLAS has.
+    [(torch.bfloat16, 2.7e-3, 0.02), (torch.float32, 2.5e-7, 0.15)],
+    ids=["cast", "not cast"],
+)
+def test_exact_scores_drift_no_more_at_a_million_than_at_a_thousand(dtype, most, within):
+    at_zero = scores_at(0, "exact", dtype)
+    near, *far = (
+        float((scores_at(shift, "exact", dtype) - at_zero).abs().mean()) for shift in (1_000, 1_000_000, 4_000_000)
+    )
+
+    assert near < most
+    assert far == pytest.approx([near, near], rel=within)
+
+
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 
