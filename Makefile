@@ -4,13 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all check bench clean help
+.PHONY: demo test test-all check bench support clean help
 
 help:
 	@echo "make demo      compare full, intra-document and anchor attention on real documents (about 4 minutes)"
 	@echo "make test      the tests; make test-all runs the slow ones too"
 	@echo "make check     format, lint, types, docs"
-	@echo "make bench     time engines, a training step, block masks and packing against their rivals"
+	@echo "make bench     time attention, routes, a training step, block masks and packing against their rivals"
+	@echo "make support   run every family test and write the README's table by its outcome"
 	@echo "make clean     remove .venv and what was built"
 
 # torch first and by itself: the version that constraints.txt names is the one everything else then finds installed.
@@ -41,9 +42,13 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/anchor-attn bench attention
+	$(BIN)/anchor-attn bench routes
 	$(BIN)/anchor-attn bench step
 	$(BIN)/anchor-attn bench mask
 	$(BIN)/anchor-attn bench packing
+
+support: $(READY)
+	$(BIN)/python -m pytest -q tests/test_wrap_families.py --support-matrix README.md
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def describe_environment(device: str) -> dict[str, Any]:
     """What a number depends on besides its inputs: versions, machine, threads and the commit of this code."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
     return {
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
         "device": device,
         "device_name": name,
         "threads": torch.get_num_threads(),
@@ -96,6 +96,14 @@ def _write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
+
+
+def _version(package: str) -> str | None:
+    """None for a package that is not installed: what a benchmark does not need may be missing on its machine."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

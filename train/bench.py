@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anchor_attn.bench_mask import draw_corpus_lengths
+from anchor_attn.lengths import draw_corpus_lengths
 from anchor_attn.results import CheckError
 from anchor_attn.train.items import TOKENS
 from anchor_attn.train.packing import CUTS, PackedRows, pack_documents

@@ -1,52 +1,97 @@
 """`anchor-attn bench`."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
+
+TIMED = "attention, routes, step"
 
 
 class Subject(StrEnum):
     """What to time."""
 
     attention = "attention"
+    routes = "routes"
     step = "step"
     mask = "mask"
     packing = "packing"
 
 
-ROUNDS = {Subject.attention: 5, Subject.step: 5, Subject.mask: 20, Subject.packing: 5}
-SEQ_LENS = {Subject.attention: 16_384, Subject.step: 8_192, Subject.packing: 4_096}
-PACKED_TOKENS = 20_000_000
+# What each subject can be told besides rounds, seed, device and out, which all know.
+KNOWN = {
+    Subject.attention: {
+        "seq_len", "sweep", "distribution", "shortest", "longest", "heads", "head_dim", "dtype", "flex", "budget_s",
+    },
+    Subject.routes: {"seq_len", "heads", "head_dim", "dtype", "budget_s"},
+    Subject.step: {
+        "seq_len", "distribution", "shortest", "longest", "dtype", "size", "engine", "rivals", "checkpointing",
+        "budget_s",
+    },
+    Subject.mask: {"seq_len"},
+    Subject.packing: {"seq_len"},
+}  # fmt: skip
 
 
 def bench_command(
     subject: Annotated[
         Subject,
         typer.Argument(
-            help="attention: forward and backward alone; step: a training step; mask: block masks against torch's "
-            "builder; packing: rows against TRL's pack_dataset."
+            help="attention: forward, backward and both; routes: the table that engine='auto' chooses by; step: a "
+            "training step; mask: block masks against torch's builder; packing: rows against TRL's pack_dataset."
         ),
     ] = Subject.attention,
     seq_len: Annotated[
         int | None,
         typer.Option(
-            help="Tokens a row, the anchor included; 16384 for attention, 8192 for a step, 4096 for packing, "
-            "8192 … 4194304 for masks."
+            help="Tokens a row, the anchor included; 16384 for attention, 4096 for routes (16384 on CUDA), 8192 for a "
+            "step, 4096 for packing, 8192 … 4194304 for masks."
         ),
     ] = None,
-    shortest: Annotated[int, typer.Option(help="Tokens of the shortest document (attention, step).")] = 300,
-    longest: Annotated[int, typer.Option(help="Tokens of the longest document (attention, step).")] = 1400,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="1K, 2K, … 128K tokens of every distribution (attention).")
+    ] = False,
+    distribution: Annotated[
+        str | None,
+        typer.Option(
+            help="Of document lengths: uniform, web-text, all-short, one-long, prolong-like; several with commas "
+            "(attention), one (step)."
+        ),
+    ] = None,
+    shortest: Annotated[int | None, typer.Option(help="Tokens of uniform's shortest document; 300.")] = None,
+    longest: Annotated[int | None, typer.Option(help="Tokens of uniform's longest document; 1400.")] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Query heads, or query/key heads: 8, 32/8. 8 on a CPU, 32/8 on CUDA.")
+    ] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Head size; 64 on a CPU, 128 on CUDA.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; float32 on a CPU, bfloat16 on CUDA.")
+    ] = None,
+    flex: Annotated[
+        bool,
+        typer.Option("--flex", help="Compile flex on a CPU, for its forward (attention); takes 15 s."),
+    ] = False,
+    size: Annotated[str | None, typer.Option(help="tiny, laptop, small or 1b (step); laptop.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Of the wrapped models (step); auto.")] = None,
+    rivals: Annotated[
+        str | None, typer.Option(help="Which, with commas (step): full, intra_doc, anchor, transformers; all.")
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Layers keep their inputs alone (step).")
+    ] = False,
     rounds: Annotated[
         int | None,
-        typer.Option(help="Counted rounds; rivals alternate, medians are reported. 20 for masks, 5 otherwise."),
+        typer.Option(help="Counted rounds at most; rivals alternate, medians are reported. 20 for masks, 5 otherwise."),
+    ] = None,
+    budget_s: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Seconds ({TIMED}): no round is begun after them, and no rival run whose round takes a quarter. A "
+            "row of attention 100, of a sweep 30; all routes 420; a step without end."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of lengths and values.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -54,128 +99,42 @@ def bench_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON instead of the table.")] = False,
 ) -> None:
     """Time our code against named rivals on the same input, after a parity check in the same run."""
-    from anchor_attn.results import check_device, check_folder, describe_environment, write_csv
+    from anchor_attn.cli.bench_subjects import SUBJECTS, Task
+    from anchor_attn.results import check_device, check_folder, describe_environment
 
-    rounds = ROUNDS[subject] if rounds is None else rounds
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}; pass 5.")
+    given = {
+        "seq_len": seq_len, "sweep": sweep or None, "distribution": distribution, "shortest": shortest,
+        "longest": longest, "heads": heads, "head_dim": head_dim, "dtype": dtype, "flex": flex or None, "size": size,
+        "engine": engine, "rivals": rivals, "checkpointing": checkpointing or None, "budget_s": budget_s,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    _check_options(subject, given, rounds)
     check_device(device)
     out = Path(f"runs/bench-{subject}") if out is None else out
     check_folder(out)
-    if subject is Subject.mask:
-        timings, about = _masks(seq_len, rounds, seed, device)
-    elif subject is Subject.packing:
-        timings, about = _packing(seq_len, rounds, seed)
-    else:
-        timings, about = _engines(subject, seq_len, shortest, longest, rounds, seed, device)
-    records = [asdict(timing) for timing in timings]
-    meta = {**describe_environment(device), "subject": subject.value, **about, "seed": seed, "rounds": rounds}
-    write_csv(out / "bench.csv", records, meta)
+    said = Console(stderr=True, highlight=False, soft_wrap=True)
+    environment = describe_environment(device) | {"subject": subject.value}
+    task = Task(given, rounds, seed, device, out, environment, (lambda line: None) if as_json else said.print)
+    outcome = SUBJECTS[subject.value](task)
     if as_json:
-        typer.echo(json.dumps({"meta": meta, "records": records}, indent=1))
+        typer.echo(json.dumps({"meta": outcome.meta, "records": outcome.records}, indent=1))
         return
     console = Console()
-    console.print(
-        f"{about['input']}, {meta['device_name']}, {meta['threads']} threads, medians of {rounds} alternating rounds",
-        highlight=False,
-    )
-    console.print(_table(subject, timings))
-    for line in about.get("findings", ()):
+    meta = outcome.meta
+    console.print(f"{outcome.title}, {meta['device_name']}, {meta['threads']} threads", highlight=False)
+    console.print(outcome.table, crop=False)
+    for line in outcome.lines:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"Written: {out / 'bench.csv'}", highlight=False, soft_wrap=True)
+    console.print(f"Written: {', '.join(str(path) for path in outcome.files)}", highlight=False, soft_wrap=True)
 
 
-def _engines(
-    subject: Subject, seq_len: int | None, shortest: int, longest: int, rounds: int, seed: int, device: str
-) -> tuple[Sequence[Any], dict[str, Any]]:
-    from anchor_attn import bench
-    from anchor_attn.masks import PackedLayout
-    from anchor_attn.train.presets import SIZES
-
-    seq_len = SEQ_LENS[subject] if seq_len is None else seq_len
-    lengths = bench.draw_lengths(seq_len - 1, shortest, longest, seed)
-    layout = PackedLayout.from_lengths([lengths])
-    if subject is Subject.attention:
-        shapes = {"num_heads": 8, "head_dim": 64}
-        timings = bench.bench_attention(layout, **shapes, rounds=rounds, device=device, seed=seed)
-    else:
-        shapes = SIZES["laptop"]
-        timings = bench.bench_step(layout, shapes, rounds, device, seed)
-    described = f"{len(lengths)} documents of {min(lengths):,}–{max(lengths):,}"
-    return timings, {
-        "input": f"{subject}, {seq_len:,} tokens in {described}, float32",
-        "dtype": "float32",
-        "shapes": shapes,
-        "document_lengths": lengths,
-    }
-
-
-def _masks(seq_len: int | None, rounds: int, seed: int, device: str) -> tuple[Sequence[Any], dict[str, Any]]:
-    from anchor_attn import bench_mask
-
-    longest = max(bench_mask.MASK_SEQ_LENS)  # the table with the anchor's column takes 4 GB there
-    if seq_len is not None and not 2 <= seq_len <= longest:
-        raise ValueError(f"seq_len must lie between 2 and {longest:,} for masks, got {seq_len:,}; pass 131072, say.")
-    timings = bench_mask.bench_masks([seq_len] if seq_len else bench_mask.MASK_SEQ_LENS, rounds, seed, device)
-    exponents = bench_mask.measure_growth(timings)
-    return timings, {
-        "input": "mask, blocks of 128, narrow tables, one row of documents of log-normal lengths (6.5, 1.2); "
-        "eager: times faster than torch's create_block_mask",
-        "block_size": 128,
-        "growth_with_blocks": exponents,
-        "findings": [f"{name}: seconds ∝ blocks^{exponent:.2f}" for name, exponent in exponents.items()],
-    }
-
-
-def _packing(seq_len: int | None, rounds: int, seed: int) -> tuple[Sequence[Any], dict[str, Any]]:
-    from anchor_attn.train.bench import bench_packing
-
-    timings = bench_packing(PACKED_TOKENS, SEQ_LENS[Subject.packing] if seq_len is None else seq_len, rounds, seed)
-    absent = [timing for timing in timings if timing.seconds is None]
-    return timings, {
-        "input": f"packing, {timings[0].tokens:,} tokens, documents of log-normal lengths (6.5, 1.2); "
-        "wrapped, bfd: times faster than TRL's",
-        "dtype": "int32",
-        "findings": ["TRL is not here to compare with: pip install --no-deps trl"] if absent else [],
-    }
-
-
-def _table(subject: Subject, timings: Sequence[Any]) -> Table:
-    columns: dict[str, Callable[[Any], str]]
-    if subject is Subject.mask:
-        columns = {
-            "tokens": lambda timing: f"{timing.seq_len:,}",
-            "ms": lambda timing: f"{1e3 * timing.seconds:,.2f}",
-            "full": lambda timing: f"{timing.blocks_full:,}",
-            "partial": lambda timing: f"{timing.blocks_partial:,}",
-            "MB": lambda timing: f"{timing.table_bytes / 1e6:,.1f}",
-            "eager": lambda timing: _ratio(timing.ratio_to_eager, 0),
-        }
-    elif subject is Subject.packing:
-        columns = {
-            "seconds": lambda timing: f"{timing.seconds:.3f}",
-            "M tokens/s": lambda timing: f"{timing.tokens_per_s / 1e6:,.0f}",
-            "rows": lambda timing: f"{timing.rows:,}",
-            "dropped": lambda timing: f"{timing.dropped_tokens:,}",
-            "wrapped": lambda timing: _ratio(timing.ratio_to_wrapped, 2),
-            "bfd": lambda timing: _ratio(timing.ratio_to_bfd, 2),
-        }
-    else:
-        columns = {
-            "seconds": lambda timing: f"{timing.seconds:.3f}",
-            "min–max": lambda timing: f"{timing.fastest_s:.3f}–{timing.slowest_s:.3f}",
-            "speed-up": lambda timing: f"{timing.speedup:.2f} ×",
-            "pairs": lambda timing: f"{100 * timing.share_of_ideal / timing.speedup:.0f} %",
-        }
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("rival", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for timing in (timing for timing in timings if timing.seconds is not None):
-        table.add_row(timing.name, *(show(timing) for show in columns.values()))
-    return table
-
-
-def _ratio(ratio: float | None, digits: int) -> str:
-    """A ratio as "3.20 ×"; "–" where the rival was not run."""
-    return "–" if ratio is None else f"{ratio:,.{digits}f} ×"
+def _check_options(subject: Subject, given: dict[str, Any], rounds: int | None) -> None:
+    if rounds is not None and rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}; pass 5.")
+    for name in given:
+        if name not in KNOWN[subject]:
+            option = f"--{name.replace('_', '-')}"
+            knowing = " or ".join(other for other, known in KNOWN.items() if name in known)
+            raise ValueError(f"{option} must be for {knowing}, got bench {subject}; leave it out.")
+    if not given.get("budget_s", 1) > 0:
+        raise ValueError(f"budget_s must be above 0, got {given['budget_s']}; pass 100.")

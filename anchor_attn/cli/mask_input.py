@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from anchor_attn.bench_mask import draw_corpus_lengths
+from anchor_attn.lengths import draw_corpus_lengths
 from anchor_attn.masks import PackedLayout
 from anchor_attn.train.packed_dataset import check_size, layout_of_columns, read_columns
 

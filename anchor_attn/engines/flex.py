@@ -87,10 +87,14 @@ def attend_in_form(
     device_type = query.device.type
     padded_len = plan.block_mask.shape[-1]
     dtype = autocast_dtype(query)
-    states = tuple(_padded(states.to(dtype), padded_len) for states in (query, key, value))
+    needs_grad = _needs_grad(query, key, value, request.sinks)
+    # torch asks whether leaves require gradients, also where it is told that none are wanted.
+    given = (query, key, value) if needs_grad else (query.detach(), key.detach(), value.detach())
+    states = tuple(_padded(states.to(dtype), padded_len) for states in given)
     sinks = None
     if request.sinks is not None:
-        sinks = request.sinks.to(torch.promote_types(dtype, torch.float32)).view(-1)
+        learned = request.sinks if needs_grad else request.sinks.detach()
+        sinks = learned.to(torch.promote_types(dtype, torch.float32)).view(-1)
         torch._dynamo.mark_static(sinks)  # of the view, which is ours
     kernel_key = KernelKey(
         device_type=device_type,
@@ -106,7 +110,7 @@ def attend_in_form(
         anchor_tokens=layout.anchor_tokens,
         is_batch_of_one=layout.batch_size == 1,
         table_tokens=table_tokens(layout.batch_size * padded_len),
-        needs_grad=_needs_grad(*states, sinks),
+        needs_grad=needs_grad,
         in_inference_mode=torch.is_inference_mode_enabled(),
     )
     # Grad mode is a guard of its own: without gradients, one function serves with it and without it.

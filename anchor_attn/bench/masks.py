@@ -1,7 +1,6 @@
 """How long block masks take to build, against torch's own builder, eager and compiled, on the same row in one run."""
 
 import math
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from anchor_attn.lengths import draw_corpus_lengths
 from anchor_attn.mask_numbers import mask_bytes
 from anchor_attn.masks import PATTERNS, PackedLayout, create_packed_block_mask, dense_mask, packed_mask_mod
 from anchor_attn.masks.patterns import MaskMod, Pattern
 from anchor_attn.results import CheckError
 
-MEAN_LOG_TOKENS, SD_LOG_TOKENS = 6.5, 1.2
-SHORTEST_TOKENS, LONGEST_TOKENS = 8, 32_768
 PARITY_TOKENS = 700
 SIDES = ("kv", "full_kv", "q", "full_q")
 MASK_SEQ_LENS = tuple(2**power for power in range(13, 23))
@@ -70,17 +68,6 @@ class Builder:
     pattern: Pattern
     build: Callable[[PackedLayout], BlockMask]
     rounds: int
-
-
-def draw_corpus_lengths(tokens: int, seed: int) -> list[int]:
-    """Document lengths as corpora have them, log-normal and clipped to 8 … 32,768; the last is cut to fit `tokens`."""
-    draw, lengths = random.Random(seed), list[int]()
-    room = tokens
-    while room:
-        drawn = round(draw.lognormvariate(MEAN_LOG_TOKENS, SD_LOG_TOKENS))
-        lengths.append(min(max(drawn, SHORTEST_TOKENS), LONGEST_TOKENS, room))
-        room -= lengths[-1]
-    return lengths
 
 
 def bench_masks(seq_lens: Sequence[int], rounds: int, seed: int, device: str) -> list[MaskTiming]:

@@ -1,0 +1,100 @@
+"""`anchor-attn rope`: what a model's RoPE is, what a factor would make of it, and where it is rounded."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from anchor_attn.cli.rope_search import search_command
+
+if TYPE_CHECKING:
+    from anchor_attn.rope.inspection import RopeNow
+
+FACTOR = 8.0
+MODEL_HELP = (
+    "A config file (*.json), a folder or a hub name, of which the config alone is read; tiny, laptop or small; or "
+    "llama-2, a config like Llama 2's: theta 10,000, 4,096 tokens."
+)
+
+rope_app = typer.Typer(name="rope", invoke_without_command=True, rich_markup_mode="rich")
+rope_app.command("search")(search_command)
+
+
+@rope_app.callback()
+def rope_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "llama-2",
+    factor: Annotated[
+        float | None, typer.Option(help="How many times the original length; what the model has now, else 8.")
+    ] = None,
+    target_len: Annotated[int | None, typer.Option(help="Or the length itself, in tokens.")] = None,
+    original_len: Annotated[
+        int | None, typer.Option(help="Tokens the model was trained on, where its config does not say.")
+    ] = None,
+    factors: Annotated[
+        Path | None, typer.Option(help="The factors.json of a search, to stand beside the other methods.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and states that the casts are looked at with.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of rope.json, rope.csv and rope.png.")] = Path("runs/rope"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print rope.json instead of the tables.")] = False,
+) -> None:
+    """Say what a model's RoPE is, what every method would make of its pairs, and where the model rounds.
+
+    No weights are read. "rope search" searches factors, as LongRoPE does; its options stand behind "search".
+    """
+    if context.invoked_subcommand is not None:
+        _check_nothing_before(context)
+        return
+    from anchor_attn.cli.rope_input import check_seed, read_config, read_factors
+    from anchor_attn.results import check_device, check_folder, describe_environment, write_csv, write_json
+    from anchor_attn.rope.casts import WAYS, find_casts
+    from anchor_attn.rope.inspection import compare_methods, describe_rope, list_pairs
+
+    check_device(device)
+    check_seed(seed)
+    check_folder(out)
+    config = read_config(model)
+    kinds = describe_rope(config, original_len)
+    extended = next((now for now in kinds if now.is_extended), kinds[0])
+    scale = _scale(extended, factor, target_len)
+    searched = None if factors is None else read_factors(factors)
+    ratios, left_out = compare_methods(extended.original, scale, searched)
+    casts = [find_casts(config, dtype, way, seed, device) for dtype, way in WAYS]
+    records = [
+        record for now in kinds for record in list_pairs(now, ratios if now is extended else dict.fromkeys(ratios))
+    ]
+    meta = {
+        **describe_environment(device),
+        "model": model,
+        "factor": scale,
+        "target_len": round(extended.original.length * scale),
+        "seed": seed,
+        "layers": [now.summary() for now in kinds],
+        "methods_left_out": left_out,
+        "casts": [{**asdict(each), "meaning": each.meaning} for each in casts],
+    }
+    write_json(out / "rope.json", {"meta": meta, "records": records})
+    write_csv(out / "rope.csv", records, meta)
+    picture = _picture(out / "rope.png", extended, ratios, scale, model)
+    if as_json:
+        typer.echo((out / "rope.json").read_text(encoding="utf-8"), nl=False)
+        return
+    from anchor_attn.cli.rope_tables import casts_table, kind_lines, pairs_table
+
+    console = Console(highlight=False)
+    for now in kinds:
+        for line in kind_lines(now, model):
+            console.print(line, soft_wrap=True, markup=False)
+    console.print(f"\nθ'/θ for {scale:g} times the length, {meta['target_len']:,} tokens", soft_wrap=True)
+    console.print(pairs_table(extended, records[: len(extended.turns)] if extended is kinds[0] else records, ratios))
+    for method, reason in left_out.items():
+        console.print(f"Left out: {method}: {reason}", soft_wrap=True, markup=False)
+    console.print("Where it is rounded: the model's own code beside each rope_precision of wrap")
+    console.print(casts_table(casts))
+    written = [str(out / "rope.json"), str(out / "rope.csv"), *([str(picture)] if picture else [])]
+    console.print(f"Written: {', '.join(written)}", soft_wrap=True, markup=False)
+    if not picture:
+        console.print("No picture: pip install matplotlib.")
