@@ -144,7 +144,7 @@ def test_cases_are_keys_of_the_choice_each_once(monkeypatch):
         assert (call.features, call.pattern, call.needs_grad) == case
 
 
-def test_every_route_that_can_is_timed_and_the_choice_takes_the_fastest(monkeypatch):
+def test_where_there_is_a_choice_every_route_is_timed_and_the_fastest_is_taken(monkeypatch):
     cases = [case for case in list_cases() if case.needs_grad and case.pattern == "anchor"]
     found = time_routes(monkeypatch, cases)
     by_case = {}
@@ -155,10 +155,11 @@ def test_every_route_that_can_is_timed_and_the_choice_takes_the_fastest(monkeypa
     monkeypatch.setattr(choice, "read_measurements", lambda: table["records"])
 
     assert found.left_out == []
-    assert set(by_case) == set(routes.FEATURES)
-    both = {"varlen/sdpa/gather", "varlen/sdpa/merge", "reference/eager/dense"}
-    assert set(by_case["plain"]) == set(by_case["kept_anchor"]) == set(by_case["window+sinks"]) == both
-    assert set(by_case["softcap"]) == both - {"varlen/sdpa/merge"}
+    # On a CPU a softcap leaves one route to choose from.
+    assert set(by_case) == {"plain", "window", "kept_anchor", "sinks", "window+sinks"}
+    both = {"varlen/sdpa/gather", "varlen/sdpa/merge"}
+    assert set(by_case["plain"]) == both | {"reference/eager/dense"}
+    assert set(by_case["kept_anchor"]) == set(by_case["window+sinks"]) == both
     assert all(timing.share_of_budget <= 1 and timing.compile_s is None for timing in found.timings)
     plain = {name: timing.seconds for name, timing in by_case["plain"].items()}
     call = choice.Call(torch.device("cpu"), torch.float32, 16, True, "anchor")
