@@ -79,12 +79,11 @@ class Call(NamedTuple):
 
 def create_call(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, request: Request) -> Call:
     """What a route is chosen by, from the arguments of `anchor_attention`."""
-    leaves = (query, key, value, request.sinks)
     return Call(
         device=query.device,
         dtype=autocast_dtype(query),
         head_dim=max(query.shape[-1], value.shape[-1]),
-        needs_grad=torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves),
+        needs_grad=needs_grad(query, key, value, request.sinks),
         pattern=request.pattern,
         window=request.window(layout),
         keeps_anchor_outside=request.keeps_anchor_outside,
@@ -101,3 +100,8 @@ def autocast_dtype(states: Tensor) -> torch.dtype:
     if not known or not torch.is_autocast_enabled(device_type) or states.dtype == torch.float64:
         return states.dtype
     return torch.get_autocast_dtype(device_type)
+
+
+def needs_grad(*states: Tensor | None) -> bool:
+    """Whether a backward will follow an attention over these tensors."""
+    return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in states)

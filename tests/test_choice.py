@@ -237,38 +237,38 @@ def test_without_sinks_and_without_an_anchor_nothing_is_merged(form):
 
 REFUSED = [
     ("gradients of flex on a CPU", ValueError, "flex", {},
-     "engine='flex' must have what is asked for, got inputs that require gradients on cpu, which it has not; "
+     "engine='flex' must support the call, got inputs that require gradients on cpu; "
      "pass engine='varlen' or engine='reference'."),
     ("float64 for flex", ValueError, "flex", {"dtype": torch.float64, "needs_grad": False},
-     "engine='flex' must have what is asked for, got torch.float64, which it has not; "
+     "engine='flex' must support the call, got torch.float64; "
      "pass engine='varlen' or engine='reference'."),
     ("dropout for flex", ValueError, "flex", {"dropout": 0.5, "needs_grad": False},
-     "engine='flex' must have what is asked for, got dropout=0.5, which it has not; "
+     "engine='flex' must support the call, got dropout=0.5; "
      "pass engine='varlen' or engine='reference'."),
     ("a form of another device", ValueError, "flex/merge", {"needs_grad": False},
-     "engine='flex/merge' must have what is asked for, got cpu, where flex has form column only, which it has not; "
+     "engine='flex/merge' must support the call, got cpu, where flex has form column only; "
      "pass engine='varlen' or engine='flex/flex_attention' or engine='reference'."),
-    ("a kernel for CUDA on a CPU", ImportError, "varlen/flash_attn_2", {},
-     "engine='varlen/flash_attn_2' must be callable on cpu, got a kernel that runs on cuda; move the tensors, or pass "
-     "engine='varlen/sdpa'."),
+    ("a kernel for CUDA on a CPU", ValueError, "varlen/flash_attn_2", {},
+     "engine='varlen/flash_attn_2' must support the call, got tensors on cpu; "
+     "pass engine='varlen/sdpa' or engine='reference'."),
     ("float32 for flash", ValueError, "varlen/flash_attn_3", {"dtype": torch.float32},
-     "engine='varlen/flash_attn_3' must have what is asked for, got torch.float32, which it has not; "
+     "engine='varlen/flash_attn_3' must support the call, got torch.float32; "
      "pass engine='varlen/sdpa' or engine='reference'."),
     ("a softcap for varlen_attn", ValueError, "varlen/varlen_attn", {"softcap": 30.0},
-     "engine='varlen/varlen_attn' must have what is asked for, got softcap=30.0, which it has not; "
+     "engine='varlen/varlen_attn' must support the call, got softcap=30.0; "
      "pass engine='varlen/sdpa' or engine='reference'."),
     ("wide heads for 4", ValueError, "varlen/flash_attn_4", {"head_dim": 256},
-     "engine='varlen/flash_attn_4' must have what is asked for, got a head size of 256, which it has not; "
+     "engine='varlen/flash_attn_4' must support the call, got a head size of 256; "
      "pass engine='varlen/sdpa' or engine='reference'."),
     ("dropout for 3", ValueError, "varlen/flash_attn_3/gather", {"dropout": 0.5},
-     "engine='varlen/flash_attn_3/gather' must have what is asked for, got dropout=0.5, which it has not; "
+     "engine='varlen/flash_attn_3/gather' must support the call, got dropout=0.5; "
      "pass engine='varlen/sdpa' or engine='reference'."),
     ("dropout and a merge", ValueError, "varlen/sdpa/merge", {"dropout": 0.5},
-     "engine='varlen/sdpa/merge' must have what is asked for, got dropout=0.5 with an anchor or a sink that is merged, "
-     "which it has not; pass engine='varlen/sdpa' or engine='reference'."),
-    ("a merge of SDPA elsewhere", ImportError, "varlen/sdpa/merge", {"device": META},
-     "engine='varlen/sdpa/merge' must be callable on meta, got a kernel that gives its log-sum-exp on the CPU only; "
-     "cast to bfloat16 and take a flash kernel."),
+     "engine='varlen/sdpa/merge' must support the call, got dropout=0.5 with an anchor or a sink that is merged; "
+     "pass engine='varlen/sdpa' or engine='reference'."),
+    ("a merge of SDPA elsewhere", ValueError, "varlen/sdpa/merge", {"device": META},
+     "engine='varlen/sdpa/merge' must support the call, got a merge on meta, where SDPA gives no log-sum-exp; "
+     "pass engine='varlen/sdpa' or engine='flex' or engine='reference'."),
 ]  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def test_what_a_route_has_not_is_said_in_one_line_that_names_who_has(measured, e
 def test_flex_on_a_cpu_refuses_any_input_that_requires_gradients(index):
     leaves = [*states_for(), torch.zeros(2)]
     leaves[index].requires_grad_()
-    with pytest.raises(ValueError, match=r"^engine='flex' must have .*, got inputs that require gradients on cpu"):
+    with pytest.raises(ValueError, match=r"^engine='flex' must support .*, got inputs that require gradients on cpu"):
         anchor_attention(*leaves[:3], LAYOUT, engine="flex", sinks=leaves[3])
 
 

@@ -15,7 +15,8 @@ from standins import HALF, MODULES, on_a_gpu, standin
 from strategies import layouts, quick, requests
 
 from anchor_attn import PackedLayout
-from anchor_attn.engines.kernels import KERNELS, Scoring, attend_gathered, create_kernel_plan
+from anchor_attn.engines.kernels import KERNELS, Scoring, create_kernel_plan
+from anchor_attn.engines.varlen import attend_gathered
 from anchor_attn.masks import PATTERNS, dense_mask
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def test_any_small_batch_equals_textbook_attention(form, request, heads, sizes, 
         return  # nothing but padding: no output depends on anything
     kernel = KERNELS[form.split()[0]]
     window = None if form == "varlen_attn with is_causal" else window
-    scoring = Scoring(scale, softcap if kernel.softcap else None, window)
+    scoring = Scoring(scale, softcap if kernel.has_softcap else None, window)
     states = random_states(layout, heads, sizes)
     mask = dense_mask(layout, pattern, window, keep_anchor=False)
     oracle = with_gradients(textbook(layout, mask, scoring), states)

@@ -11,8 +11,9 @@ from standins import HALF, on_a_gpu, standin
 from strategies import anchored_layouts, layouts, quick, requests
 
 from anchor_attn import PackedLayout
-from anchor_attn.engines.kernels import KERNELS, Kernel, Scoring, attend_gathered, create_kernel_plan
+from anchor_attn.engines.kernels import KERNELS, Kernel, Scoring, create_kernel_plan
 from anchor_attn.engines.merge import anchor_visibility, attend_merged
+from anchor_attn.engines.varlen import attend_gathered
 from anchor_attn.masks import PATTERNS, dense_mask
 from anchor_attn.request import Request
 
@@ -87,7 +88,7 @@ def test_any_small_batch_equals_textbook_attention(name, request, heads, sizes, 
     layout, pattern, window, keep_anchor = request
     if not sum(layout.row_tokens):
         return  # nothing but padding: no output depends on anything
-    can_cap = KERNELS[name].softcap and name != "sdpa"
+    can_cap = KERNELS[name].has_softcap and name != "sdpa"
     settings = {
         "sliding_window": window,
         "keep_anchor": keep_anchor,

@@ -248,7 +248,7 @@ def test_wrapping_with_flex_compiles_nothing(monkeypatch):
 
 def test_training_with_flex_on_a_cpu_raises_its_one_line():
     model = wrap(tiny_model("llama", torch.float32), engine="flex").train()
-    message = "engine='flex' must have what is asked for, got inputs that require gradients on cpu, which it has not; "
+    message = "engine='flex' must support the call, got inputs that require gradients on cpu; "
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}pass .*engine='varlen'.*\.$"):
         model(**batch(0))
 

@@ -104,10 +104,8 @@ def refusal(route: Route, call: Call) -> str | None:
 
 
 def absence(route: Route, call: Call) -> str | None:
-    """Why a route cannot be taken on the call's device, with what to do about it; None where it can."""
-    if route.engine != "varlen":
-        return None
-    return KERNELS[route.kernel].absence(call.device, merged=route.form == "merge")
+    """Why this machine cannot take a route, with what to do about it; None where it can."""
+    return KERNELS[route.kernel].absence(call.device) if route.engine == "varlen" else None
 
 
 def measured_seconds(call: Call) -> dict[str, float]:
@@ -165,8 +163,7 @@ def _refuse(engine: str, named: Sequence[Route], call: Call) -> None:
         if refusal(route, call) is None and absence(route, call) is None
     )
     raise ValueError(
-        f"engine={engine!r} must have what is asked for, got {' and '.join(reasons)}, which it has not; "
-        f"pass {' or '.join(others)}."
+        f"engine={engine!r} must support the call, got {' and '.join(reasons)}; pass {' or '.join(others)}."
     )
 
 

@@ -34,7 +34,7 @@ from anchor_attn.engines.merge import join, score_anchors
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PADDING_ID
 from anchor_attn.masks.patterns import MaskMod, Pattern
-from anchor_attn.request import Request, autocast_dtype
+from anchor_attn.request import Request, autocast_dtype, needs_grad
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Attend = Callable[..., Tensor]
@@ -87,13 +87,13 @@ def attend_in_form(
     device_type = query.device.type
     padded_len = plan.block_mask.shape[-1]
     dtype = autocast_dtype(query)
-    needs_grad = _needs_grad(query, key, value, request.sinks)
+    with_grad = needs_grad(query, key, value, request.sinks)
     # torch asks whether leaves require gradients, also where it is told that none are wanted.
-    given = (query, key, value) if needs_grad else (query.detach(), key.detach(), value.detach())
+    given = (query, key, value) if with_grad else (query.detach(), key.detach(), value.detach())
     states = tuple(_padded(states.to(dtype), padded_len) for states in given)
     sinks = None
     if request.sinks is not None:
-        learned = request.sinks if needs_grad else request.sinks.detach()
+        learned = request.sinks if with_grad else request.sinks.detach()
         sinks = learned.to(torch.promote_types(dtype, torch.float32)).view(-1)
         torch._dynamo.mark_static(sinks)  # of the view, which is ours
     kernel_key = KernelKey(
@@ -110,7 +110,7 @@ def attend_in_form(
         anchor_tokens=layout.anchor_tokens,
         is_batch_of_one=layout.batch_size == 1,
         table_tokens=table_tokens(layout.batch_size * padded_len),
-        needs_grad=needs_grad,
+        needs_grad=with_grad,
         in_inference_mode=torch.is_inference_mode_enabled(),
     )
     # Grad mode is a guard of its own: without gradients, one function serves with it and without it.
@@ -191,10 +191,6 @@ def _padded(states: Tensor, seq_len: int) -> Tensor:
     """Zeros behind the last token up to `seq_len`, and behind the last column up to what kernels take."""
     tokens, columns = seq_len - states.shape[2], max(0, LEAST_HEAD_DIM - states.shape[3])
     return F.pad(states, (0, columns, 0, tokens)) if tokens or columns else states
-
-
-def _needs_grad(*states: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in states)
 
 
 @contextmanager

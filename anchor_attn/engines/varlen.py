@@ -17,7 +17,7 @@ anchor and learned sinks join after it (`engines.merge`).
 from torch import Tensor
 
 from anchor_attn.engines.choice import Route
-from anchor_attn.engines.kernels import KERNELS, Scoring, attend_gathered, create_kernel_plan
+from anchor_attn.engines.kernels import KERNELS, Kernel, KernelPlan, Scoring, create_kernel_plan
 from anchor_attn.engines.merge import attend_merged
 from anchor_attn.masks import PackedLayout
 from anchor_attn.request import Request, autocast_dtype
@@ -40,3 +40,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, requ
     )
     plan = create_kernel_plan(layout, request.pattern)
     return attend_gathered(query, key, value, plan, kernel, scoring).to(given)
+
+
+def attend_gathered(
+    query: Tensor, key: Tensor, value: Tensor, plan: KernelPlan, kernel: Kernel, scoring: Scoring
+) -> Tensor:
+    """Attention with the anchor joined to each later document's keys; no query is copied.
+
+    A window counts the anchor as tokens directly before the document; the first `scoring.kept` keys of a segment are
+    seen outside it too.
+
+    Args:
+        query: [B, H, S, D].
+        key: [B, K, S, D].
+        value: [B, K, S, V].
+        plan: of the pattern that is asked for.
+        kernel: what computes it.
+        scoring: what is made of the scores.
+
+    Returns:
+        [B, H, S, V], zeros at padding; the gather sums the anchor's gradients.
+    """
+    if not plan.q_lens:
+        return value.new_zeros(*query.shape[:3], value.shape[-1])
+    q, k, v = plan.pack_queries(query), plan.pack_keys(key), plan.pack_keys(value)
+    return plan.unpack_queries(kernel.forward(q, k, v, plan, scoring))

@@ -31,6 +31,7 @@ RopePrecision = Literal["model", "bfloat16", "float32", "exact"]
 ROPE_PRECISIONS: tuple[RopePrecision, ...] = ("model", "bfloat16", "float32", "exact")
 
 WITHOUT_FLOAT64 = ("mps",)
+WIDE = (torch.float32, torch.float64)
 
 
 class RotaryTable(NamedTuple):
@@ -183,7 +184,8 @@ def _check_rotation(states: Tensor, cos: Tensor, sin: Tensor, precision: str) ->
             f"cos and sin must be [B, S, R/2] with R at most D for states {list(states.shape)}, got {list(cos.shape)} "
             f"and {list(sin.shape)}; make them with rotary_table from this batch's position_ids."
         )
-    right = {"model": True, "bfloat16": cos.dtype == torch.bfloat16}.get(precision, torch.finfo(cos.dtype).bits >= 32)
+    fitting = {"bfloat16": (torch.bfloat16,), "float32": WIDE, "exact": WIDE}
+    right = cos.dtype in fitting[precision] if precision in fitting else cos.is_floating_point()
     if not right or sin.dtype != cos.dtype:
         raise ValueError(
             f"cos and sin must be of precision={precision!r}, got {cos.dtype} and {sin.dtype}; "

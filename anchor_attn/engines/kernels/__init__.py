@@ -11,7 +11,6 @@ from anchor_attn.engines.kernels.base import Kernel as Kernel
 from anchor_attn.engines.kernels.base import Scoring as Scoring
 from anchor_attn.engines.kernels.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
 from anchor_attn.engines.kernels.plan import KernelPlan as KernelPlan
-from anchor_attn.engines.kernels.plan import attend_gathered as attend_gathered
 from anchor_attn.engines.kernels.plan import create_kernel_plan as create_kernel_plan
 from anchor_attn.engines.kernels.segments import SegmentSDPA
 from anchor_attn.engines.kernels.torch_flash import VarlenAttn

@@ -43,25 +43,23 @@ class Kernel(ABC):
 
     Attributes:
         name: as it is asked for.
-        device_types: where it runs.
+        device_types: where it runs; () for anywhere.
         dtypes: of query, key and value.
         max_head_dim: the widest head, query's or value's; None for any.
-        window: whether it has one.
-        softcap: whether it has one.
-        dropout: whether it has it.
+        has_softcap: whether it can cap scores.
+        has_dropout: whether it can drop weights.
     """
 
     name: str
     device_types: tuple[str, ...] = ("cuda",)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     max_head_dim: int | None = 256
-    window: bool = True
-    softcap: bool = True
-    dropout: bool = False
+    has_softcap: bool = True
+    has_dropout: bool = False
 
     @abstractmethod
-    def absence(self, device: torch.device, merged: bool = False) -> str | None:
-        """Why the kernel cannot be called on `device`, with what to do about it; None where it can."""
+    def absence(self, device: torch.device) -> str | None:
+        """Why this machine cannot call the kernel on `device`, with what to do about it; None where it can."""
 
     def refusal(self, call: Call, merged: bool = False) -> str | None:
         """What is asked for and the kernel has not, in words that follow "got"; None where it has everything.
@@ -74,14 +72,14 @@ class Kernel(ABC):
             return f"{call.dtype}"
         if self.max_head_dim is not None and call.head_dim > self.max_head_dim:
             return f"a head size of {call.head_dim}"
-        if call.window is not None and not self.window:
-            return f"sliding_window={call.window}"
-        if call.softcap is not None and not self.softcap:
+        if call.softcap is not None and not self.has_softcap:
             return f"softcap={call.softcap}"
-        if call.dropout and not self.dropout:
+        if call.dropout and not self.has_dropout:
             return f"dropout={call.dropout}"
         if call.dropout and merged:
             return f"dropout={call.dropout} with an anchor or a sink that is merged"
+        if self.device_types and call.device.type not in self.device_types:
+            return f"tensors on {call.device.type}"
         return None
 
     @abstractmethod

@@ -34,9 +34,7 @@ class FlashKernel(Kernel):
     install: str
     unequal_value: bool = False
 
-    def absence(self, device: torch.device, merged: bool = False) -> str | None:  # noqa: D102
-        if device.type not in self.device_types:
-            return f"runs on {' or '.join(self.device_types)}; move the tensors, or pass engine='varlen/sdpa'"
+    def absence(self, device: torch.device) -> str | None:  # noqa: D102
         if device.type == "cuda":
             if torch.version.hip is not None:
                 return "is not proven on ROCm; pass engine='varlen/sdpa'"

@@ -24,7 +24,7 @@ class FlashAttention2(FlashKernel):
     module = "flash_attn.flash_attn_interface"
     majors = (8, 9, 10, 11, 12)
     install = "pip install 'flash-attn>=2.8'"
-    dropout = True
+    has_dropout = True
 
     def _attend(self, qkv: Packed, plan: KernelPlan, scoring: Scoring) -> Tensor:
         settings = {**public_settings(plan, scoring), "dropout_p": scoring.dropout}

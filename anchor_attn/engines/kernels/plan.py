@@ -1,4 +1,4 @@
-"""A layout as a varlen kernel's segments, and attention by one gather of keys.
+"""A layout as a varlen kernel's segments.
 
     row     a 1 1 1 2 2 3          queries   [a 1 1 1] [2 2]     [3]
                                    keys      [a 1 1 1] [a 2 2] [a 3]
@@ -8,7 +8,6 @@ Everything a step needs is on the device before it, or known on the host: nothin
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,9 +15,6 @@ from anchor_attn.engines.kernels.gather import AnchoredKeys, GatherKeys, GatherQ
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.patterns import Pattern
 from anchor_attn.masks.varlen import VarlenSegments, segment_ranges, to_varlen
-
-if TYPE_CHECKING:
-    from anchor_attn.engines.kernels.base import Kernel, Scoring
 
 
 @dataclass(frozen=True)
@@ -95,27 +91,3 @@ def _create_kernel_plan(layout: PackedLayout, pattern: Pattern) -> KernelPlan:
             q_indices=None if in_place else segments.q_indices,
         )
     return KernelPlan(segments, q_lens, k_lens, layout.batch_size, layout.seq_len, in_place, anchored)
-
-
-def attend_gathered(
-    query: Tensor, key: Tensor, value: Tensor, plan: KernelPlan, kernel: "Kernel", scoring: "Scoring"
-) -> Tensor:
-    """Attention with the anchor joined to each later document's keys; no query is copied.
-
-    A window counts the anchor as an ordinary token directly before the document (`keep_anchor=False`).
-
-    Args:
-        query: [B, H, S, D].
-        key: [B, K, S, D].
-        value: [B, K, S, V].
-        plan: of the pattern that is asked for.
-        kernel: what computes it.
-        scoring: what is made of the scores.
-
-    Returns:
-        [B, H, S, V], zeros at padding; the gather sums the anchor's gradients.
-    """
-    if not plan.q_lens:
-        return value.new_zeros(*query.shape[:3], value.shape[-1])
-    q, k, v = plan.pack_queries(query), plan.pack_keys(key), plan.pack_keys(value)
-    return plan.unpack_queries(kernel.forward(q, k, v, plan, scoring))

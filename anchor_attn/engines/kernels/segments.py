@@ -27,16 +27,16 @@ class SegmentSDPA(Kernel):
     device_types = ()  # any
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     max_head_dim = None
-    dropout = True
+    has_dropout = True
 
-    def absence(self, device: torch.device, merged: bool = False) -> str | None:  # noqa: D102
-        if merged and device.type != "cpu":
-            return "gives its log-sum-exp on the CPU only; cast to bfloat16 and take a flash kernel"
+    def absence(self, device: torch.device) -> str | None:  # noqa: D102
         return None
 
     def refusal(self, call: Call, merged: bool = False) -> str | None:  # noqa: D102
         if merged and call.softcap is not None:
             return f"softcap={call.softcap} with an anchor or a sink that is merged"
+        if merged and call.device.type != "cpu":
+            return f"a merge on {call.device.type}, where SDPA gives no log-sum-exp"
         return super().refusal(call, merged)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: KernelPlan, scoring: Scoring) -> Tensor:  # noqa: D102

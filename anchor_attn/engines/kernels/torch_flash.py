@@ -27,7 +27,7 @@ class VarlenAttn(FlashKernel):
     module = "torch.nn.attention.varlen"
     majors = (8, 9, 10, 11, 12)
     install = "upgrade torch to 2.11 or later"
-    softcap = False
+    has_softcap = False
 
     def refusal(self, call: Call, merged: bool = False) -> str | None:  # noqa: D102
         if call.window is not None and not merged and "window_size" not in self._parameters():
