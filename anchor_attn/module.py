@@ -315,5 +315,5 @@ def _check_position_ids(position_ids: Tensor, layout: PackedLayout) -> None:
     if position_ids.device != layout.device:
         raise ValueError(
             f"position_ids must be on the device of hidden_states, {layout.device}, got {position_ids.device}; "
-            "move them."
+            "move them with position_ids.to(device)."
         )

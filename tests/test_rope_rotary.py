@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 from anchor_attn.rope import rotary
 from anchor_attn.rope.precision import RotaryTable
-from anchor_attn.rope.rotary import override, recognise, rotaries_of
+from anchor_attn.rope.rotary import override_tables, recognise, rotaries_of
 
 TOKENS = torch.tensor([[1, 7, 9, 20, 4, 11]])
 # float32 angles lose a digit for every tenfold position; exact ones lose none.
@@ -49,8 +49,8 @@ def test_queries_and_keys_are_within_a_unit_of_the_same_states_rotated_in_float6
     """A unit in the last place of bfloat16, in which the model computes and to which they are cast at the end."""
     model = tiny_model(family, torch.bfloat16)
     stated, oracle = copy.deepcopy(model), copy.deepcopy(model)
-    override(stated, precision)
-    override(oracle, precision)
+    override_tables(stated, precision)
+    override_tables(oracle, precision)
     rotated = first_query_and_key(stated, POSITIONS[precision])
 
     def in_float64(position_ids, inv_freq, precision, dtype, scaling):
@@ -69,14 +69,14 @@ def test_llamas_own_rotation_is_not_as_exact():
     """What the test above would see, were nothing overridden."""
     model = tiny_model("llama", torch.bfloat16)
     ours = copy.deepcopy(model)
-    override(ours, "exact")
+    override_tables(ours, "exact")
     for one, two in zip(*(first_query_and_key(part, POSITIONS["exact"]) for part in (model, ours)), strict=True):
         assert (one != two.bfloat16()).float().mean() > 0.2
 
 
 def test_bfloat16_tables_hold_bfloat16_numbers_in_a_float32_model():
     model = tiny_model("llama", torch.float32)
-    override(model, "bfloat16")
+    override_tables(model, "bfloat16")
     cos, sin = model.model.rotary_emb(torch.zeros(1), torch.tensor([[0, 3, 1001]]))
 
     assert torch.equal(cos.float(), cos.float().bfloat16().float())
@@ -96,7 +96,7 @@ def test_frequencies_come_from_the_config_and_not_from_a_rounded_buffer():
 
 def test_a_config_that_changes_after_the_override_changes_the_table():
     model = tiny_model("llama", torch.float32)
-    override(model, "exact")
+    override_tables(model, "exact")
     x, position_ids = torch.zeros(1), torch.tensor([[5]])
     before = model.model.rotary_emb(x, position_ids)[0]
     model.config.rope_parameters["rope_theta"] = 7.0
@@ -122,7 +122,7 @@ def test_methods_that_choose_by_length_choose_as_transformers_does(length):
     model = tiny_model("llama", torch.float32, rope_parameters=parameters)
     x, position_ids = torch.zeros(1), torch.arange(length)[None]
     theirs = model.model.rotary_emb(x, position_ids)
-    for handle in override(model, "float32").values():
+    for handle in override_tables(model, "float32").values():
         ours = model.model.rotary_emb(x, position_ids)
         handle.remove()
     for one, two in zip(ours, theirs, strict=True):
@@ -146,7 +146,7 @@ def test_a_rotary_module_of_another_make_is_refused_and_nothing_changes():
         match=r"^model must have rotary modules as transformers writes them, got 'model.rotary_emb' "
         r"\(OwnRotaryEmbedding\), one that gives another table than its config's frequencies; pass",
     ):
-        override(model, "exact")
+        override_tables(model, "exact")
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -154,7 +154,7 @@ def test_a_model_without_rotary_positions_is_refused():
     with pytest.raises(
         ValueError, match=r"^model must have rotary position embeddings for rope_precision='exact', got"
     ):
-        override(nn.Linear(2, 2), "exact")
+        override_tables(nn.Linear(2, 2), "exact")
 
 
 def test_every_form_is_recognised_in_some_family():

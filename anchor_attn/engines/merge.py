@@ -9,8 +9,8 @@ and z the sink,
 
 is the softmax over all of them. Its gradients in the document's keys are the kernel's own backward, given o' and L'
 in place of o and L: a flash backward takes P = e^(S − L') and dS = P ∘ (dP − δ), δ = Σ dout · o', as they come. What
-is left is dense and small: A columns, and a sink a head. No query and no key is copied, and windows, softcaps and
-several anchors go with any kernel.
+is left is dense and small: A columns, and a sink a head. No query and no key is copied, and windows and
+several anchors go with any kernel, softcaps with those that have them.
 
 Source of the backward: FlashAttention-2, section 3.1.2, https://arxiv.org/abs/2307.08691
 """
@@ -49,7 +49,7 @@ def attend_merged(
     if not plan.q_lens:
         return value.new_zeros(*query.shape[:3], value.shape[-1])
     visible = anchor_visibility(layout, request) if request.pattern == "anchor" else None
-    call = _Call(plan, kernel, Scoring(request.scale, request.softcap, request.window(layout)))
+    call = _Saved(plan, kernel, Scoring(request.scale, request.softcap, request.window(layout)))
     return _Merge.apply(query, key, value, request.sinks, visible, call)
 
 
@@ -126,8 +126,8 @@ def _anchor_rows(states: Tensor, anchor_tokens: int, compute: torch.dtype) -> Te
     return states[:, :, None, :anchor_tokens].to(compute)
 
 
-class _Call(NamedTuple):
-    """What stays the same between the forward and the backward of one call."""
+class _Saved(NamedTuple):
+    """What the backward needs of its forward besides tensors."""
 
     plan: KernelPlan
     kernel: Kernel
@@ -139,7 +139,7 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, visible: Tensor | None, call: _Call
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, visible: Tensor | None, call: _Saved
     ) -> Tensor:
         plan = call.plan
         q, k, v = (plan.pack_queries(states) for states in (query, key, value))
@@ -156,7 +156,7 @@ class _Merge(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, visible, out, merged = ctx.saved_tensors
-        call: _Call = ctx.call
+        call: _Saved = ctx.call
         plan = call.plan
         do, q, k, v, o = (plan.pack_queries(states) for states in (dout, query, key, value, out))
         sums = plan.pack_queries(merged[..., None])[..., 0].T

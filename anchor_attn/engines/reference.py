@@ -17,12 +17,23 @@ from anchor_attn.request import Request
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, request: Request) -> Tensor:
     """Attention over the dense mask; arguments and result as `anchor_attention`."""
     mask = layout.plan(("dense", *request.mask_key), lambda: dense_mask(layout, *request.mask_key))
-    out = masked_attention(query, key, value, mask[:, None], request)
+    out = masked_attention(
+        query, key, value, mask[:, None], request.scale, request.softcap, request.sinks, request.dropout
+    )
     padding = (layout.document_ids == PADDING_ID)[:, None, :, None]
     return out.masked_fill(padding, 0.0)
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, request: Request) -> Tensor:
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """softmax(cap(scale · Q Kᵀ)) V over the allowed pairs, with an optional learned sink a head and dropout of weights.
 
     Low-precision inputs are computed in float32 and cast back at the end.
@@ -32,7 +43,10 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, re
         key: [B, K, N, D].
         value: [B, K, N, V].
         mask: bool, broadcast to [B, H, Q, N], True where a query may attend; no query may be left without a key.
-        request: scale, softcap, sinks and dropout.
+        scale: of the scores.
+        softcap: c · tanh(score / c), or None.
+        sinks: [H], a logit without a value in every softmax; or None.
+        dropout: the share of weights that is dropped.
 
     Returns:
         [B, H, Q, V] in the dtype of `value`.
@@ -43,14 +57,14 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, re
     with torch.autocast(query.device.type, enabled=False):  # it would take the products back to low precision
         grouped = query.to(compute).reshape(batch, num_kv_heads, -1, q_len, query.shape[-1])
         scores = grouped @ key.to(compute)[:, :, None].mT
-        scores = scores.reshape(batch, num_heads, q_len, kv_len) * request.scale
-        if request.softcap is not None:
-            scores = request.softcap * torch.tanh(scores / request.softcap)
+        scores = scores.reshape(batch, num_heads, q_len, kv_len) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~mask, -torch.inf)
-        if request.sinks is not None:
+        if sinks is not None:
             # The sink is a logit without a value: it takes its share of the softmax and gives nothing.
-            sinks = request.sinks.to(compute).view(1, -1, 1, 1).expand(batch, num_heads, q_len, 1)
-            scores = torch.cat((scores, sinks), dim=-1)
-        weights = F.dropout(scores.softmax(dim=-1)[..., :kv_len], request.dropout)
+            learned = sinks.to(compute).view(1, -1, 1, 1).expand(batch, num_heads, q_len, 1)
+            scores = torch.cat((scores, learned), dim=-1)
+        weights = F.dropout(scores.softmax(dim=-1)[..., :kv_len], dropout)
         out = weights.reshape(batch, num_kv_heads, -1, q_len, kv_len) @ value.to(compute)[:, :, None]
         return out.reshape(batch, num_heads, q_len, -1).to(value.dtype)

@@ -30,8 +30,8 @@ def before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     """Check a wrapped model's inputs, and turn a tensor of document ids into the layout that all layers share."""
     given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
     document_ids = given.get("document_ids")
-    for table in vars(module)[SETTINGS].tables:
-        table.is_on = document_ids is not None
+    for hook in vars(module)[SETTINGS].table_hooks:
+        hook.is_on = document_ids is not None
     if document_ids is None:
         if module.training or given.get("labels") is not None:
             raise ValueError(
@@ -157,7 +157,7 @@ def _attend_packed(
     if isinstance(attention_mask, DeferredMask) and attention_mask.local_size != window:
         raise ValueError(
             f"{_name(module)} must hand its attention window to the attention function, got sliding_window={window} "
-            f"beside a mask of local size {attention_mask.local_size}; this layer's window cannot be kept."
+            f"beside a mask of local size {attention_mask.local_size}; pass sliding_window in the layer's own code."
         )
     if settings.rope_precision == "bfloat16":
         query, key = query.to(torch.bfloat16), key.to(torch.bfloat16)

@@ -64,21 +64,10 @@ def prove(model: PreTrainedModel) -> None:
         reason = str(failure).partition("\n")[0]
         raise ValueError(
             f"model must run a forward pass under anchor_attn, got {name}, in which it failed with "
-            f"{type(failure).__name__}: {reason}"
+            f"{type(failure).__name__}: {reason}; run it unwrapped to see the cause."
         ) from failure
     _check_calls(model, seen)
-    touched, untouched = float(moved[1:5].max()), float(moved[5:].max())
-    if not touched > 0:  # NaN too
-        raise ValueError(
-            f"model must answer other tokens with other outputs for the proof, got {name}, whose outputs moved by "
-            f"{touched}; initialise or load its weights first."
-        )
-    if not untouched <= LEAK_RATIO * touched:
-        raise ValueError(
-            f"model must keep documents apart, got {name} in which changing one moved another by "
-            f"{untouched / touched:.1e} of its own movement; a layer carries state past attention, or hands "
-            "document_ids no further."
-        )
+    _check_movement(name, moved)
 
 
 @dataclass
@@ -111,13 +100,29 @@ def _check_calls(model: PreTrainedModel, seen: _Seen) -> None:
     if seen.calls.total() < 2 * layers:  # in two forwards; a model that loops over its layers calls one many times
         raise ValueError(
             f"model must have softmax attention in all of its {layers} layers, got {name} with {len(seen.calls)}; "
-            "the others carry state that no document mask reaches."
+            "wrap a model without recurrent or convolutional layers."
         )
     forwards = [inspect.signature(part.forward) for part in model.modules() if isinstance(part, PreTrainedModel)]
     if not any("position_ids" in forward.parameters for forward in forwards):
         raise ValueError(
             f"model must take position_ids, got {name}, which counts positions over the row by itself; "
             "wrap a decoder that takes them."
+        )
+
+
+def _check_movement(name: str, moved: Tensor) -> None:
+    """Raise unless the first document moved and the second did not; `moved` [S] is by how much each token's output did."""
+    touched, untouched = float(moved[1:5].max()), float(moved[5:].max())
+    if not touched > 0:  # NaN too
+        raise ValueError(
+            f"model must answer other tokens with other outputs for the proof, got {name}, whose outputs moved by "
+            f"{touched}; initialise or load its weights first."
+        )
+    if not untouched <= LEAK_RATIO * touched:
+        raise ValueError(
+            f"model must keep documents apart, got {name} in which changing one moved another by "
+            f"{untouched / touched:.1e} of its own movement; wrap a model whose layers pass document_ids on and carry "
+            "no state past attention."
         )
 
 

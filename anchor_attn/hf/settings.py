@@ -24,14 +24,14 @@ class Settings:
         engine: as `anchor_attention`.
         previous: the attention implementation before, which a forward without `document_ids` uses.
         rope_precision: as `anchor_attn.rope`.
-        tables: what gives the rotary tables of a packed forward; none for "model".
+        table_hooks: what gives packed forwards their rotary tables; none for "model".
     """
 
     pattern: Pattern
     engine: str
     previous: str
     rope_precision: RopePrecision = "model"
-    tables: tuple[TableHook, ...] = ()
+    table_hooks: tuple[TableHook, ...] = ()
 
 
 def holders(model: nn.Module) -> dict[nn.Module, Settings]:

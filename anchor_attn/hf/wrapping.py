@@ -21,7 +21,7 @@ from anchor_attn.hf.refusals import refuse_unsupported
 from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, Settings, change_settings, holders, set_implementation
 from anchor_attn.masks.patterns import PATTERNS, Pattern
 from anchor_attn.rope.precision import RopePrecision, check_rope_precision
-from anchor_attn.rope.rotary import override
+from anchor_attn.rope.rotary import override_tables
 
 HANDLES = "_anchor_attn_handles"
 
@@ -80,9 +80,9 @@ def wrap(model: M, pattern: Pattern = "anchor", engine: str = "auto", rope_preci
     setattr(decoder, HANDLES, handles)
     try:
         if rope_precision != "model":
-            tables = override(decoder, rope_precision)
-            handles += tables.values()
-            change_settings(model, tables=tuple(tables))
+            hooks = override_tables(decoder, rope_precision)
+            handles += hooks.values()  # of the list that the decoder holds: unwrap finds them there
+            change_settings(model, table_hooks=tuple(hooks))
         prove(decoder)
     except BaseException:
         unwrap(model)

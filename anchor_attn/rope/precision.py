@@ -55,7 +55,7 @@ def inverse_frequencies(rotary_dim: int, theta: float) -> Tensor:
     """
     rotary_dim = checked_int(rotary_dim, "rotary_dim")
     if rotary_dim < 2 or rotary_dim % 2:
-        raise ValueError(f"rotary_dim must be even and at least 2, got {rotary_dim}; numbers are rotated in pairs.")
+        raise ValueError(f"rotary_dim must be even and at least 2, got {rotary_dim}; pass an even size.")
     if not 0 < theta < math.inf:
         raise ValueError(f"theta must be above 0 and finite, got {theta}; pass 10_000.0, or more for long contexts.")
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim

@@ -15,13 +15,13 @@ from torch import Tensor
 from anchor_attn.engines.kernels.base import Kernel, Scoring
 from anchor_attn.engines.kernels.plan import KernelPlan
 from anchor_attn.engines.reference import masked_attention
-from anchor_attn.request import Call, Request
+from anchor_attn.request import Call
 
 CHUNK_TOKENS = 512
 
 
 class SegmentSDPA(Kernel):
-    """torch's own attention, a segment at a time; joined or not, it has all that is asked for."""
+    """torch's own attention, a segment at a time; unmerged it has all, merged neither softcap nor dropout."""
 
     name = "sdpa"
     device_types = ()  # any
@@ -137,8 +137,7 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Iterator[tuple
 def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scoring: Scoring) -> Tensor:
     if scoring.softcap is None and scoring.sinks is None:
         return _sdpa(q, k, v, scoring, visible)
-    request = Request("full", scoring.scale, scoring.softcap, sinks=scoring.sinks, dropout=scoring.dropout)
-    return masked_attention(q, k, v, visible, request)
+    return masked_attention(q, k, v, visible, scoring.scale, scoring.softcap, scoring.sinks, scoring.dropout)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, visible: Tensor | None = None) -> Tensor:
