@@ -1,6 +1,8 @@
 """One attention call for every engine: check, choose, call."""
 
+import logging
 import math
+from functools import cache
 
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from anchor_attn.engines.choice import check_engine, choose_route
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.patterns import Pattern, check_pattern
 from anchor_attn.request import Request, create_call
+
+logger = logging.getLogger("anchor_attn")
 
 
 def anchor_attention(
@@ -48,7 +52,8 @@ def anchor_attention(
         dropout: the share of weights that is dropped, in [0, 1); pass 0 in an evaluation.
 
     Returns:
-        [B, H, S, V]; zeros at padding, which also gets no gradient.
+        [B, H, S, V] in the value's dtype, computed in autocast's where that is on; zeros at padding, which also gets no
+        gradient.
 
     Raises:
         TypeError: no layout where one is asked for.
@@ -80,10 +85,31 @@ def anchor_attention(
     return varlen.attend(query, key, value, layout, request, route)
 
 
+def as_layout(document_ids: PackedLayout | Tensor) -> PackedLayout:
+    """The layout itself, or the checked layout of a tensor of ids.
+
+    Ids that count documents from 0 are legal, and something else: their first document is then every other's anchor.
+    """
+    if isinstance(document_ids, PackedLayout):
+        return document_ids
+    layout = PackedLayout.from_document_ids(document_ids)
+    if layout.anchor_tokens > 1:
+        _warn_once(
+            f"document_ids begin with {layout.anchor_tokens} anchor tokens, which every document sees; "
+            "if 0 is meant for a document, count them from 1, or make the layout with PackedLayout.from_any_ids"
+        )
+    return layout
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
 def check_scoring(scale: float | None, softcap: float | None, dropout: float) -> None:
     """Raise a ValueError unless scale, softcap and dropout have a meaning."""
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}; pass None for 1/√D.")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be above 0 and finite, got {scale}; pass None for 1/√D.")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be above 0 and finite, got {softcap}; pass None for no softcap.")
     if not 0 <= dropout < 1:

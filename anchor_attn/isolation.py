@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anchor_attn.hf.forward import as_layout
+from anchor_attn.attention import as_layout
 from anchor_attn.hf.proof import LEAK_RATIO
 from anchor_attn.isolation_calls import (
     ATTENTION_MASKS,

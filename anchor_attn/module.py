@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anchor_attn.attention import anchor_attention, check_scoring
+from anchor_attn.attention import anchor_attention, as_layout, check_scoring
 from anchor_attn.engines.choice import check_engine
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PositionPolicy, check_position_policy, checked_int
@@ -283,10 +283,8 @@ def _check_options(module: AnchorAttention) -> None:
 
 def _checked_layout(document_ids: PackedLayout | Tensor, states: Tensor) -> PackedLayout:
     """The layout of [B, K, S, D] states."""
-    if isinstance(document_ids, PackedLayout):
-        layout = document_ids
-    else:
-        layout = PackedLayout.from_document_ids(document_ids).to(states.device)
+    given = as_layout(document_ids)
+    layout = given if given is document_ids else given.to(states.device)
     shape = [states.shape[0], states.shape[2]]
     if [layout.batch_size, layout.seq_len] != shape:
         raise ValueError(

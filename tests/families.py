@@ -150,9 +150,11 @@ FAMILIES = {
         "Gemma4TextConfig",
         {
             **HEADS,
-            **SLIDING_AND_FULL,
+            **SLIDING,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
             "global_head_dim": 8,
-            "num_kv_shared_layers": 0,
+            "num_kv_shared_layers": 2,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": VOCAB_SIZE,
         },

@@ -379,6 +379,36 @@ def test_an_interleaved_row_equals_the_same_row_sorted_by_document(engine, layou
     torch.testing.assert_close(out.gather(2, rows.expand_as(out)), together)
 
 
+# --- padding ---------------------------------------------------------------------------------------------------------
+
+every_route = pytest.mark.parametrize("engine", ["reference", "varlen/gather", "varlen/merge"])
+
+
+@every_route
+def test_nan_at_padding_reaches_no_output_and_no_gradient(engine):
+    layout = ROWS["rows-that-differ"]
+    padding = (layout.document_ids == -1)[:, None, :, None]
+    clean = random_states(layout, dtype=torch.float64)[:3]
+    dirty = [states.masked_fill(padding, torch.nan) for states in clean]
+    results = [
+        out_and_gradients(lambda *qkv: anchor_attention(*qkv, layout, engine=engine), states, torch.ones(3, 4, 131, 8))
+        for states in (clean, dirty)
+    ]
+
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@every_route
+def test_a_backward_passes_a_batch_of_padding_alone(engine):
+    layout = PackedLayout.from_lengths([[]], anchor_tokens=0, seq_len=3)
+    states = [states.requires_grad_() for states in random_states(layout)[:3]]
+    sinks = torch.zeros(4)  # without them nothing is to be merged
+    anchor_attention(*states, layout, "intra_doc", engine, sinks=sinks).sum().backward()
+
+    assert all(not part.grad.any() for part in states)
+
+
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 

@@ -528,7 +528,7 @@ def test_two_gloo_processes_equal_one(tmp_path):
         ({"engine": "flash"}, ValueError, "engine must be one of ('auto', 'reference', 'flex', 'varlen')"),
         ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1, got 0;"),
         ({"softcap": 0.0}, ValueError, "softcap must be above 0 and finite, got 0.0;"),
-        ({"scale": float("inf")}, ValueError, "scale must be finite, got inf;"),
+        ({"scale": float("inf")}, ValueError, "scale must be above 0 and finite, got inf;"),
         ({"dropout": 1.0}, ValueError, "dropout must lie in [0, 1), got 1.0;"),
     ],
 )

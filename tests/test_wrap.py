@@ -15,7 +15,7 @@ from families import VOCAB_SIZE, state_of, tiny_config, tiny_model
 from refused import refused_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from anchor_attn import PackedLayout, unwrap, wrap
+from anchor_attn import PackedLayout, attention, unwrap, wrap
 from anchor_attn.configs import configs_of
 from anchor_attn.engines import choice, reference, varlen
 from anchor_attn.hf import forward, settings, wrapping
@@ -405,9 +405,27 @@ def test_a_cache_of_fixed_size_beside_document_ids_raises(wrapped):
         wrapped(input_ids=TOKENS, document_ids=LAYOUT, past_key_values=cache)
 
 
-def test_a_forward_with_document_ids_makes_a_cache_only_when_asked(wrapped):
-    assert wrapped(input_ids=TOKENS, document_ids=LAYOUT).past_key_values is None
-    assert wrapped(input_ids=TOKENS, document_ids=LAYOUT, use_cache=True).past_key_values is not None
+def test_a_forward_with_document_ids_makes_a_cache_only_when_asked_and_of_one_document(wrapped):
+    """A token that came after several would see them all: no document ids would be asked for it."""
+    alone = PackedLayout.from_lengths([[14], [12]], seq_len=15)
+    assert wrapped(input_ids=TOKENS, document_ids=alone).past_key_values is None
+    assert wrapped(input_ids=TOKENS, document_ids=alone, use_cache=True).past_key_values is not None
+    assert wrapped(input_ids=TOKENS, document_ids=LAYOUT, use_cache=True).past_key_values is None
+    cache = DynamicCache(config=wrapped.config)
+    wrapped(input_ids=TOKENS, document_ids=LAYOUT, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_ids_that_may_count_documents_from_zero_are_remarked_on_once(wrapped, caplog):
+    attention._warn_once.cache_clear()
+    ids = torch.tensor([[0] * 5 + [1] * 10] * 2)
+    with caplog.at_level(logging.WARNING, "anchor_attn"):
+        for _ in range(2):
+            wrapped(input_ids=TOKENS, document_ids=ids)
+        wrapped(input_ids=TOKENS, document_ids=PackedLayout.from_document_ids(ids))
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        "document_ids begin with 5 anchor tokens, which every document sees"
+    ]
 
 
 def test_a_bfloat16_model_with_a_float32_rotary_module_trains(plain):

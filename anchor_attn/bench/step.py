@@ -19,7 +19,12 @@ from anchor_attn.masks import PATTERNS, PackedLayout
 from anchor_attn.request import Call
 from anchor_attn.results import CheckError
 
-RIVALS = (*(f"wrapped {pattern}" for pattern in PATTERNS), "transformers packed SDPA")
+# What `--rivals` calls them, and what records do.
+RIVALS = {
+    **{pattern: f"wrapped {pattern}" for pattern in PATTERNS},
+    "anchor-exact": "wrapped anchor, exact RoPE",
+    "transformers": "transformers packed SDPA",
+}
 
 # TinyLlama 1.1B, https://arxiv.org/abs/2401.02385
 ONE_BILLION: dict[str, Any] = {
@@ -44,7 +49,7 @@ def bench_step(
     dtype: torch.dtype = torch.float32,
     engine: str = "auto",
     checkpointing: bool = False,
-    names: Sequence[str] = RIVALS,
+    names: Sequence[str] = tuple(RIVALS),
     budget_s: float = math.inf,
 ) -> list[Timing]:
     """Time a step of each rival in turn.
@@ -66,7 +71,8 @@ def bench_step(
         ValueError: an unknown rival.
     """
     if unknown := [name for name in names if name not in RIVALS]:
-        raise ValueError(f"rivals must be among {RIVALS}, got {unknown[0]!r}; pass some of them, comma-separated.")
+        known = tuple(RIVALS)
+        raise ValueError(f"rivals must be among {known}, got {unknown[0]!r}; pass some of them, comma-separated.")
     layout = row.layout.to(device)
     plain = _create_model(model_size, layout.seq_len, device, dtype, seed)
     check_loss(plain, engine, device, seed)
@@ -80,8 +86,9 @@ def bench_step(
     inputs = _draw_inputs(plain, layout, seed)
 
     def rival(name: str) -> Rival:
-        pattern = next((pattern for pattern in PATTERNS if name == f"wrapped {pattern}"), None)
-        model = plain if pattern is None else _wrapped(plain, pattern, engine)
+        pattern: Any = None if name == "transformers" else name.removesuffix("-exact")
+        precision = "exact" if name.endswith("-exact") else "model"
+        model = plain if pattern is None else _wrapped(plain, pattern, engine, precision)
         extra = {} if pattern is None else {"document_ids": layout}
 
         def run(watch: Watch) -> None:
@@ -94,11 +101,12 @@ def bench_step(
             # A mask of booleans, and one of numbers that torch's SDPA makes of it.
             width = 1 + torch.finfo(dtype).bits / 8
             return Rival(
-                name, "transformers", "sdpa, S × S mask", "intra_doc", run,
+                RIVALS[name], "transformers", "sdpa, S × S mask", "intra_doc", run,
                 phases=("step",), is_dense=True, bytes_a_cell=width,
             )  # fmt: skip
         call = Call(torch.device(device), dtype, plain.model.layers[0].self_attn.head_dim, True, pattern)
-        return Rival(name, *(route := choose_route(engine, call))[:2], pattern, run, route.form, phases=("step",))
+        route = choose_route(engine, call)
+        return Rival(RIVALS[name], route.engine, route.kernel, pattern, run, route.form, phases=("step",))
 
     return time_rivals([rival(name) for name in names], Row(layout, row.distribution), rounds, budget_s, Pace())
 
@@ -138,12 +146,12 @@ def _create_model(size: dict[str, Any], seq_len: int, device: str, dtype: torch.
     return model.to(dtype)
 
 
-def _wrapped(plain: Any, pattern: Any, engine: str) -> Any:
+def _wrapped(plain: Any, pattern: Any, engine: str, precision: Any = "model") -> Any:
     """A wrapped model over the same parameters."""
     from anchor_attn.hf import wrap
 
     shared = {id(part): part for part in (*plain.parameters(), *plain.buffers())}
-    return wrap(copy.deepcopy(plain, shared), pattern, engine=engine)
+    return wrap(copy.deepcopy(plain, shared), pattern, engine, precision)
 
 
 def _draw_inputs(plain: Any, layout: PackedLayout, seed: int) -> dict[str, Any]:

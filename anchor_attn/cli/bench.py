@@ -19,6 +19,7 @@ class Subject(StrEnum):
     step = "step"
     mask = "mask"
     packing = "packing"
+    rope = "rope"
 
 
 # What each subject can be told besides rounds, seed, device and out, which all know.
@@ -33,6 +34,7 @@ KNOWN = {
     },
     Subject.mask: {"seq_len"},
     Subject.packing: {"seq_len"},
+    Subject.rope: {"seq_len", "quick"},
 }  # fmt: skip
 
 
@@ -41,14 +43,15 @@ def bench_command(
         Subject,
         typer.Argument(
             help="attention: forward, backward and both; routes: the table that engine='auto' chooses by; step: a "
-            "training step; mask: block masks against torch's builder; packing: rows against TRL's pack_dataset."
+            "training step; mask: block masks against torch's builder; packing: rows against TRL's pack_dataset; rope: "
+            "perplexity under every extension method, of a model that is trained for it."
         ),
     ] = Subject.attention,
     seq_len: Annotated[
         int | None,
         typer.Option(
             help="Tokens a row, the anchor included; 16384 for attention, 4096 for routes (16384 on CUDA), 8192 for a "
-            "step, 4096 for packing, 8192 … 4194304 for masks."
+            "step, 4096 for packing, 8192 … 4194304 for masks, 256 for rope."
         ),
     ] = None,
     sweep: Annotated[
@@ -82,6 +85,9 @@ def bench_command(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Layers keep their inputs alone (step).")
     ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny model for a few steps: that it runs, and nothing else (rope).")
+    ] = False,
     rounds: Annotated[
         int | None,
         typer.Option(help="Counted rounds at most; rivals alternate, medians are reported. 20 for masks, 5 otherwise."),
@@ -106,6 +112,7 @@ def bench_command(
         "seq_len": seq_len, "sweep": sweep or None, "distribution": distribution, "shortest": shortest,
         "longest": longest, "heads": heads, "head_dim": head_dim, "dtype": dtype, "flex": flex or None, "size": size,
         "engine": engine, "rivals": rivals, "checkpointing": checkpointing or None, "budget_s": budget_s,
+        "quick": quick or None,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     _check_options(subject, given, rounds)

@@ -183,14 +183,13 @@ def run_step(task: Task) -> Outcome:
         raise ValueError(f"size must be one of {tuple(sizes)}, got {size!r}; pass one of them.")
     seq_len, distribution = given.get("seq_len", 8192), given.get("distribution", "uniform")
     lengths = task.lengths(distribution, seq_len)
-    full_names = {name.replace("wrapped ", "").partition(" ")[0]: name for name in RIVALS}
-    asked = given["rivals"].split(",") if "rivals" in given else list(full_names)
+    asked = given["rivals"].split(",") if "rivals" in given else list(RIVALS)
     rounds, dtype = 5 if task.rounds is None else task.rounds, task.dtype()
     timings = bench_step(
         Row(PackedLayout.from_lengths([lengths]), distribution),
         sizes[size], rounds, task.device, task.seed,
         dtype=dtype, engine=given.get("engine", "auto"), checkpointing="checkpointing" in given,
-        names=[full_names.get(name, name) for name in asked], budget_s=given.get("budget_s", float("inf")),
+        names=asked, budget_s=given.get("budget_s", float("inf")),
     )  # fmt: skip
     meta = task.meta | {
         "dtype": _name(dtype), "size": size, "shapes": sizes[size], "checkpointing": "checkpointing" in given,
@@ -239,12 +238,20 @@ def run_packing(task: Task) -> Outcome:
     return _write_csv(task, title, meta, timings, tables.packing_table(timings), lines)
 
 
+def run_rope(task: Task) -> Outcome:
+    """Extension methods of RoPE, on a model that is trained for it."""
+    from anchor_attn.cli import bench_rope
+
+    return bench_rope.run_rope(task)
+
+
 SUBJECTS: dict[str, Callable[[Task], Outcome]] = {
     "attention": run_attention,
     "routes": run_routes,
     "step": run_step,
     "mask": run_masks,
     "packing": run_packing,
+    "rope": run_rope,
 }
 
 

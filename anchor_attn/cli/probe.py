@@ -24,7 +24,10 @@ def probe_command(
         str | None,
         typer.Option(help="What to wrap the model with, and what must hold: anchor or intra_doc; anchor."),
     ] = None,
-    engine: Annotated[str | None, typer.Option(help="Of the wrapped model: auto, varlen or reference; auto.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="Of the wrapped model: auto, varlen, reference, or a route such as varlen/merge; auto."),
+    ] = None,
     attn_implementation: Annotated[
         str | None, typer.Option(help="Probe the model unwrapped, with transformers' own sdpa, eager, …")
     ] = None,

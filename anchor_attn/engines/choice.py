@@ -130,8 +130,11 @@ def read_measurements() -> list[dict[str, Any]]:
 def _routes_of(engine: str) -> Sequence[Route]:
     if engine == "auto":
         return ROUTES
-    name, *parts = engine.split("/")
-    return [route for route in ROUTES if route.engine == name and set(parts) <= {route.kernel, route.form}]
+    name, *parts = str(engine).split("/")
+    asked = set(parts)
+    if len(asked) < len(parts):
+        return []
+    return [route for route in ROUTES if route.engine == name and asked <= {route.kernel, route.form}]
 
 
 def _flex_refusal(form: str, call: Call) -> str | None:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from anchor_attn.engines.kernels import Kernel, KernelPlan, Scoring, create_kernel_plan
+from anchor_attn.engines.kernels import Kernel, KernelPlan, Scoring, create_kernel_plan, padding_alone
 from anchor_attn.masks import PackedLayout
-from anchor_attn.masks.layout import ANCHOR_ID
+from anchor_attn.masks.layout import ANCHOR_ID, PADDING_ID
 from anchor_attn.masks.patterns import reach
 from anchor_attn.request import Request
 
@@ -47,7 +47,10 @@ def attend_merged(
     """
     plan = create_kernel_plan(layout, "full" if request.pattern == "full" else "intra_doc")
     if not plan.q_lens:
-        return value.new_zeros(*query.shape[:3], value.shape[-1])
+        return padding_alone(query, key, value)
+    if min(layout.row_tokens) < layout.seq_len:  # 0 · nan is nan in a sum over all queries
+        padding = (layout.document_ids == PADDING_ID)[:, None, :, None]
+        query, key, value = (states.masked_fill(padding, 0.0) for states in (query, key, value))
     visible = anchor_visibility(layout, request) if request.pattern == "anchor" else None
     call = _Saved(plan, kernel, Scoring(request.scale, request.softcap, request.window(layout)))
     return _Merge.apply(query, key, value, request.sinks, visible, call)

@@ -2,7 +2,9 @@
 
     B batch · H query heads · K key heads (H = K · G) · S tokens · D head size · V value size
 
-Runs on every device and in float64, differentiates itself, and is what the other engines are compared with.
+Runs on every device and in float64, differentiates itself, and is what the other engines are compared with. Its
+products sum over all keys, hidden ones by weights of 0: an inf or nan in one document makes nan in all, as in any dense
+attention.
 """
 
 import torch
@@ -17,10 +19,11 @@ from anchor_attn.request import Request
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, request: Request) -> Tensor:
     """Attention over the dense mask; arguments and result as `anchor_attention`."""
     mask = layout.plan(("dense", *request.mask_key), lambda: dense_mask(layout, *request.mask_key))
+    padding = (layout.document_ids == PADDING_ID)[:, None, :, None]
+    query, key, value = (states.masked_fill(padding, 0.0) for states in (query, key, value))  # 0 · nan is nan
     out = masked_attention(
         query, key, value, mask[:, None], request.scale, request.softcap, request.sinks, request.dropout
     )
-    padding = (layout.document_ids == PADDING_ID)[:, None, :, None]
     return out.masked_fill(padding, 0.0)
 
 

@@ -17,7 +17,7 @@ anchor and learned sinks join after it (`engines.merge`).
 from torch import Tensor
 
 from anchor_attn.engines.choice import Route
-from anchor_attn.engines.kernels import KERNELS, Kernel, KernelPlan, Scoring, create_kernel_plan
+from anchor_attn.engines.kernels import KERNELS, Kernel, KernelPlan, Scoring, create_kernel_plan, padding_alone
 from anchor_attn.engines.merge import attend_merged
 from anchor_attn.masks import PackedLayout
 from anchor_attn.request import Request, autocast_dtype
@@ -62,6 +62,6 @@ def attend_gathered(
         [B, H, S, V], zeros at padding; the gather sums the anchor's gradients.
     """
     if not plan.q_lens:
-        return value.new_zeros(*query.shape[:3], value.shape[-1])
+        return padding_alone(query, key, value)
     q, k, v = plan.pack_queries(query), plan.pack_keys(key), plan.pack_keys(value)
     return plan.unpack_queries(kernel.forward(q, k, v, plan, scoring))

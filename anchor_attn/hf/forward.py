@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from anchor_attn.attention import anchor_attention
+from anchor_attn.attention import anchor_attention, as_layout
 from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, Settings
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PADDING_ID
@@ -42,12 +42,14 @@ def before_forward(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
             mask = as_before(given["attention_mask"], vars(module)[SETTINGS].previous)
             return args, {**kwargs, "attention_mask": mask}
         return None
-    return args, {**kwargs, **_packed_inputs(module, given)}
+    positional = list(given)[: len(args)]
+    packed = {name: value for name, value in _packed_inputs(module, given).items() if name not in positional}
+    return args, {**kwargs, **packed}
 
 
 @torch.compiler.disable(reason="anchor_attn checks document_ids on the host, once a forward")
 def _packed_inputs(module: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that make a forward packed, after all checks: the layout, and no cache where none was asked for."""
+    """The keywords that make a forward packed, after all checks: the layout, and no cache of several documents."""
     document_ids = given["document_ids"]
     if not module.config._attn_implementation.startswith(IMPLEMENTATION):  # the proof's own name begins so too
         raise ValueError(
@@ -59,14 +61,12 @@ def _packed_inputs(module: PreTrainedModel, given: dict[str, Any]) -> dict[str, 
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if tokens is not None:  # here, not in every layer: a moved layout makes its plans anew
         layout = layout.to(tokens.device)
+    if max(map(len, layout.document_lengths)) > 1:  # a later token, for which nobody asks for documents, would see all
+        none = {"past_key_values": None} if "past_key_values" in given else {}
+        return {"use_cache": False, **none, "document_ids": layout}
     # A training step has no use for a cache, and a DynamicCache promotes the values to the keys' dtype.
     no_cache = {} if "use_cache" in given or "past_key_values" in given else {"use_cache": False}
     return {**no_cache, "document_ids": layout}
-
-
-def as_layout(document_ids: PackedLayout | Tensor) -> PackedLayout:
-    """The layout itself, or the checked layout of a tensor of ids."""
-    return document_ids if isinstance(document_ids, PackedLayout) else PackedLayout.from_document_ids(document_ids)
 
 
 def _check_inputs(given: dict[str, Any], layout: PackedLayout) -> None:
@@ -185,9 +185,11 @@ class DeferredMask:
 
     Attributes:
         arguments: what transformers gave to the mask function.
+        index: what is taken of the mask once it is built; None for all.
     """
 
     arguments: dict[str, Any]
+    index: Any = None
     _built: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -201,8 +203,13 @@ class DeferredMask:
         if implementation not in masks:
             return None
         if implementation not in self._built:
-            self._built[implementation] = masks[implementation](**self.arguments)
+            built = masks[implementation](**self.arguments)
+            self._built[implementation] = built if built is None or self.index is None else built[self.index]
         return self._built[implementation]
+
+    def __getitem__(self, index: Any) -> "DeferredMask":
+        """A part of the mask, built as late; Gemma 4 cuts it to the queries of layers that share keys."""
+        return DeferredMask(self.arguments, index)
 
     def contiguous(self) -> "DeferredMask":
         """The mask itself; `generate` asks for it before it hands a mask to the model."""
@@ -210,7 +217,7 @@ class DeferredMask:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "DeferredMask":
         """The same mask for layers on another device, where it will be built."""
-        return DeferredMask({**self.arguments, "device": torch.device(device)})
+        return DeferredMask({**self.arguments, "device": torch.device(device)}, self.index)
 
 
 def as_before(mask: Any, implementation: str) -> Any:

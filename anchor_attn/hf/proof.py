@@ -5,6 +5,7 @@ others again give their scores a term that ours does not know. All would train o
 """
 
 import inspect
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ KNOWN = {"module", "query", "key", "value", "attention_mask", "scaling", "dropou
 KNOWN |= {"sliding_window", "softcap", "s_aux"}
 LEAK_RATIO = 1e-3
 PROOF = "anchor_attn_proof"
+PROVING = threading.Lock()
 
 
 def prove(model: PreTrainedModel) -> None:
@@ -111,7 +113,7 @@ def _check_calls(model: PreTrainedModel, seen: _Seen) -> None:
 
 
 def _check_movement(name: str, moved: Tensor) -> None:
-    """Raise unless the first document moved and the second did not; `moved` [S] is by how much each token's output did."""
+    """Raise unless the first document moved and the second did not; `moved` [S] is how far each token's output did."""
     touched, untouched = float(moved[1:5].max()), float(moved[5:].max())
     if not touched > 0:  # NaN too
         raise ValueError(
@@ -152,7 +154,9 @@ def _forward(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         output = model(input_ids=input_ids, document_ids=layout, use_cache=False)
     finally:
         handle.remove()
-    return torch.cat([output[0], *states], dim=-1).double()
+    if output[0].shape[:2] == input_ids.shape:  # else a head that answers once a row, of the tokens that it sees there
+        states.append(output[0])
+    return torch.cat(states, dim=-1).double()
 
 
 @contextmanager
@@ -164,6 +168,7 @@ def _proving(model: PreTrainedModel) -> Iterator[_Seen]:
         seen.note(module, kwargs)
         return attention_forward(module, *args, **kwargs)
 
+    PROVING.acquire()  # the name is one for all models
     AttentionInterface.register(PROOF, noting_forward)
     AttentionMaskInterface.register(PROOF, defer_mask)
     training = {module: module.training for module in model.modules()}
@@ -184,3 +189,4 @@ def _proving(model: PreTrainedModel) -> Iterator[_Seen]:
             setattr(module, SETTINGS, settings)
         for module, was_training in training.items():
             module.training = was_training
+        PROVING.release()

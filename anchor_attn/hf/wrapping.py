@@ -39,7 +39,9 @@ def wrap(model: M, pattern: Pattern = "anchor", engine: str = "auto", rope_preci
     Sliding layers count the anchor as an ordinary token before each document, so that one document behind the anchor
     equals the unwrapped model. The model gets a config of its own; others built from the same config stay as they are.
     Wrapping a wrapped model changes its settings. The same model may be compiled, and put under DDP, FSDP2 or PEFT,
-    before or after; attention itself is left out of torch.compile's graphs, so that new documents compile nothing.
+    before or after; attention itself is left out of torch.compile's graphs, so that new documents compile nothing. A
+    checkpoint of a wrapped model is a plain one: load it and wrap it again. One thread at a time may run a model with a
+    rope_precision of its own.
 
     Args:
         model: a transformers decoder with causal softmax attention in every layer, or a PEFT model of one.

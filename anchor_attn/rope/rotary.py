@@ -119,15 +119,16 @@ def rebuilt(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
 
 
 def adopt(module: nn.Module, new: nn.Module) -> None:
-    """Make a rotary module what a new one is; its hooks, its config object and its device stay."""
-    device = next(iter(module.buffers())).device
-    kept = {name for name in vars(module) if name.startswith("_")} | {"training", "config"}
-    for name in [name for name in vars(module) if name not in kept]:
+    """Make a rotary module what a new one is; its hooks, its config, its mode and its device stay."""
+    device = next(module.buffers()).device
+    # Accelerate puts a forward of its own into the module.
+    stale = [
+        name for name in vars(module) if not name.startswith("_") and name not in ("training", "config", "forward")
+    ]
+    for name in [*stale, *module._buffers]:
         delattr(module, name)
-    for name in list(module._buffers):
-        del module._buffers[name]
     for name, value in vars(new).items():
-        if name not in kept and not name.startswith("_"):
+        if not name.startswith("_") and name not in ("training", "config"):
             setattr(module, name, value)
     for name, buffer in new.named_buffers(recurse=False):
         module.register_buffer(name, buffer.to(device), persistent=False)
@@ -135,30 +136,71 @@ def adopt(module: nn.Module, new: nn.Module) -> None:
         handle.remove()
 
 
-def keep_start(rotary: Rotary, inv_freq: Tensor, n_hat: int) -> None:
+def keep_start(rotary: Rotary, form: RotaryForm, inv_freq: Tensor, n_hat: int, length: int) -> None:
     """Let the first n̂ positions of a rotary module keep the original frequencies, as LongRoPE has it.
 
     Until `adopt` makes the module another one.
+
+    Args:
+        rotary: of a "longrope" module.
+        form: of its tables.
+        inv_freq: the original frequencies, float32 [R/2].
+        n_hat: positions.
+        length: the original length in tokens. Where inputs up to it have factors of their own, they have no n̂.
     """
-    form = recognise(rotary)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        position_ids, states = given["position_ids"], output if isinstance(output, Tensor) else output[0]
-        if given.get("layer_type") != rotary.layer_type:
-            return output
-        _, scaling = rotary.frequencies()
-        table = rotary_table(position_ids, inv_freq, "exact", torch.float32, scaling)
-        start, is_start = in_form(table, form), (position_ids < n_hat)[..., None]
-        if isinstance(output, Tensor):
-            return torch.where(is_start, start.to(states.dtype), output)
-        return tuple(torch.where(is_start, one.to(two.dtype), two) for one, two in zip(start, output, strict=True))
-
+    config: Any = rotary.module.config
+    parameters = config.rope_parameters if rotary.layer_type is None else config.rope_parameters[rotary.layer_type]
+    shortest = 0 if parameters["short_factor"] == parameters["long_factor"] else length + 1
+    _, scaling = rotary.frequencies()
+    hook = StartHook(rotary.layer_type, form, inv_freq, scaling, n_hat, shortest)
     handle = rotary.module.register_forward_hook(hook, with_kwargs=True)
     vars(rotary.module).setdefault(START_HANDLES, []).append(handle)
 
 
-def override(model: nn.Module, precision: RopePrecision) -> "dict[TableHook, RemovableHandle]":
+class StartHook:
+    """A forward hook that gives the first n̂ positions the angles of other frequencies, in inputs that are long enough.
+
+    Args:
+        layer_type: whose tables are changed.
+        form: of these tables.
+        inv_freq: float32 [R/2].
+        scaling: the factor on cos and sin, which all positions share.
+        n_hat: positions.
+        shortest: tokens of the shortest input that is changed.
+    """
+
+    def __init__(
+        self, layer_type: str | None, form: RotaryForm, inv_freq: Tensor, scaling: float, n_hat: int, shortest: int
+    ):
+        self._layer_type = layer_type
+        self._form = form
+        self._inv_freq = inv_freq
+        self._scaling = scaling
+        self._n_hat = n_hat
+        self._shortest = shortest
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The module's table, its first positions changed."""
+        position_ids, layer_type = _positions_and_type(*args, **kwargs)
+        if layer_type != self._layer_type:
+            return output
+        if self._inv_freq.device != position_ids.device:
+            self._inv_freq = self._inv_freq.to(position_ids.device)
+        table = rotary_table(position_ids, self._inv_freq, "exact", torch.float32, self._scaling)
+        is_start = (position_ids < self._n_hat) & (position_ids.max() >= self._shortest - 1)
+        start = in_form(table, self._form)
+        if isinstance(output, Tensor):
+            return torch.where(is_start[..., None], start.to(output.dtype), output)
+        pairs = zip(start, output, strict=True)
+        return tuple(torch.where(is_start[..., None], one.to(two.dtype), two) for one, two in pairs)
+
+
+def _positions_and_type(x: Any, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, str | None]:
+    """Of the arguments that transformers calls every rotary module with."""
+    return position_ids, layer_type
+
+
+def override_tables(model: nn.Module, precision: RopePrecision) -> "dict[TableHook, RemovableHandle]":
     """Let the rotary modules of a model give tables of a stated precision, from their configs' frequencies.
 
     The model rotates in the dtype that cos and sin have, as PyTorch promotes: of bfloat16 states in float32, where the
@@ -181,7 +223,7 @@ def override(model: nn.Module, precision: RopePrecision) -> "dict[TableHook, Rem
     hooks: dict[nn.Module, TableHook] = {}
     for rotary, form in [(rotary, recognise(rotary)) for rotary in rotaries]:
         hooks.setdefault(rotary.module, TableHook(precision)).serve(rotary, form)
-    return {hook: module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()}
+    return {hook: module.register_forward_hook(hook, with_kwargs=True, prepend=True) for module, hook in hooks.items()}
 
 
 class TableHook:

@@ -12,6 +12,7 @@ from anchor_attn.engines.kernels.base import Scoring as Scoring
 from anchor_attn.engines.kernels.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
 from anchor_attn.engines.kernels.plan import KernelPlan as KernelPlan
 from anchor_attn.engines.kernels.plan import create_kernel_plan as create_kernel_plan
+from anchor_attn.engines.kernels.plan import padding_alone as padding_alone
 from anchor_attn.engines.kernels.segments import SegmentSDPA
 from anchor_attn.engines.kernels.torch_flash import VarlenAttn
 

@@ -91,3 +91,9 @@ def _create_kernel_plan(layout: PackedLayout, pattern: Pattern) -> KernelPlan:
             q_indices=None if in_place else segments.q_indices,
         )
     return KernelPlan(segments, q_lens, k_lens, layout.batch_size, layout.seq_len, in_place, anchored)
+
+
+def padding_alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What a batch of nothing but padding gives: zeros [B, H, S, V] that a backward can still begin from."""
+    nothing = query[..., :0].sum() + key[..., :0].sum() + value[..., :0].sum()
+    return value.new_zeros(*query.shape[:3], value.shape[-1]) + nothing
