@@ -125,6 +125,7 @@ def run_arm(spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: Sequence
     # A BOS per document makes rows longer, by one token a document at most: positions must reach there.
     max_positions = spec.seq_len * (2 if spec.arm.bos_per_document else 1)
     model = create_model(spec.model, spec.vocab_size, max_positions, spec.anchor_token_id)
+    _check_rope(model, spec.arm.position_policy)
     wrap(model, pattern=spec.arm.pattern, engine=spec.engine, rope_precision=spec.arm.rope_precision)
     collator = collator_of(spec)
     training = _train(spec, model, rows, collator)
@@ -158,6 +159,17 @@ def run_arm(spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: Sequence
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "curve": curve,
     }
+
+
+def _check_rope(model: "PreTrainedModel", position_policy: PositionPolicy) -> None:
+    """Raise a ValueError where a document would be rotated by what it is packed with."""
+    from anchor_attn.rope import chooses_by_length
+
+    if position_policy == "continuous" and chooses_by_length(model):
+        raise ValueError(
+            f"position_policy must be 'reset' for RoPE that is chosen by the input's length, got 'continuous' for "
+            f"{type(model).__name__}; add +reset to the arm, or extend the model by a method that is not."
+        )
 
 
 def collator_of(spec: RunSpec) -> PackedCollator:

@@ -10,6 +10,7 @@ from anchor_attn.cli.bench import bench_command
 from anchor_attn.cli.compare import compare_command
 from anchor_attn.cli.mask import mask_command
 from anchor_attn.cli.probe import probe_command
+from anchor_attn.cli.rope import rope_app
 from anchor_attn.results import CheckError
 
 # Newer releases of typer carry a click of their own, older ones import it: the class is found, not imported.
@@ -28,6 +29,7 @@ app.command("compare")(compare_command)
 app.command("probe")(probe_command)
 app.command("bench")(bench_command)
 app.command("mask")(mask_command)
+app.add_typer(rope_app, name="rope")
 
 
 @app.callback(invoke_without_command=True)

@@ -48,10 +48,10 @@ def rope_command(
     if context.invoked_subcommand is not None:
         _check_nothing_before(context)
         return
-    from anchor_attn.cli.rope_input import check_seed, read_config, read_factors
+    from anchor_attn.cli.rope_input import check_seed, read_config, read_searched
     from anchor_attn.results import check_device, check_folder, describe_environment, write_csv, write_json
     from anchor_attn.rope.casts import WAYS, find_casts
-    from anchor_attn.rope.inspection import compare_methods, describe_rope, list_pairs
+    from anchor_attn.rope.inspection import compare_methods, describe_rope, list_pairs, resolve_factor
 
     check_device(device)
     check_seed(seed)
@@ -59,9 +59,12 @@ def rope_command(
     config = read_config(model)
     kinds = describe_rope(config, original_len)
     extended = next((now for now in kinds if now.is_extended), kinds[0])
-    scale = _scale(extended, factor, target_len)
-    searched = None if factors is None else read_factors(factors)
-    ratios, left_out = compare_methods(extended.original, scale, searched)
+    searched = None if factors is None else read_searched(factors)
+    now_or_8 = extended.factor if extended.factor > 1 else FACTOR
+    scale = resolve_factor(
+        extended.original.length, factor, target_len, now_or_8 if searched is None else searched.factor
+    )
+    ratios, left_out = compare_methods(extended.original, scale, None if searched is None else searched.factors)
     casts = [find_casts(config, dtype, way, seed, device) for dtype, way in WAYS]
     records = [
         record for now in kinds for record in list_pairs(now, ratios if now is extended else dict.fromkeys(ratios))
@@ -78,23 +81,42 @@ def rope_command(
     }
     write_json(out / "rope.json", {"meta": meta, "records": records})
     write_csv(out / "rope.csv", records, meta)
-    picture = _picture(out / "rope.png", extended, ratios, scale, model)
+    files = [out / "rope.json", out / "rope.csv", *_draw(out / "rope.png", extended, ratios, scale, model)]
     if as_json:
         typer.echo((out / "rope.json").read_text(encoding="utf-8"), nl=False)
         return
-    from anchor_attn.cli.rope_tables import casts_table, kind_lines, pairs_table
+    from anchor_attn.cli.rope_tables import casts_table, describe_kind, pairs_table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     for now in kinds:
-        for line in kind_lines(now, model):
-            console.print(line, soft_wrap=True, markup=False)
-    console.print(f"\nθ'/θ for {scale:g} times the length, {meta['target_len']:,} tokens", soft_wrap=True)
-    console.print(pairs_table(extended, records[: len(extended.turns)] if extended is kinds[0] else records, ratios))
+        console.print(describe_kind(now))
+    console.print(f"\nθ'/θ by each method, {scale:g} × {extended.original.length:,} tokens")
+    console.print(pairs_table(extended, list_pairs(extended, ratios), list(ratios)), crop=False, no_wrap=True)
     for method, reason in left_out.items():
-        console.print(f"Left out: {method}: {reason}", soft_wrap=True, markup=False)
-    console.print("Where it is rounded: the model's own code beside each rope_precision of wrap")
-    console.print(casts_table(casts))
-    written = [str(out / "rope.json"), str(out / "rope.csv"), *([str(picture)] if picture else [])]
-    console.print(f"Written: {', '.join(written)}", soft_wrap=True, markup=False)
-    if not picture:
+        console.print(f"Left out: {method}: {reason}")
+    console.print("\nWhere it is rounded: the model's own code beside each rope_precision")
+    console.print(casts_table(casts), crop=False, no_wrap=True)
+    if len(files) == 2:
         console.print("No picture: pip install matplotlib.")
+    console.print(f"Written: {', '.join(map(str, files))}")
+
+
+def _check_nothing_before(context: typer.Context) -> None:
+    """Options of `rope` in front of "search" would be dropped without a word."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--json" if name == "as_json" else f"--{name.replace('_', '-')}"
+            verb = context.invoked_subcommand
+            raise ValueError(f"{option} must stand behind {verb!r}, got it before; write rope {verb} {option} …")
+
+
+def _draw(path: Path, now: "RopeNow", ratios: dict[str, Any], scale: float, model: str) -> list[Path]:
+    from anchor_attn.rope.draw import draw_methods_figure
+
+    title = f"{model}: θ = {now.original.theta:,.0f}, {now.original.length:,} tokens × {scale:g}"
+    try:
+        draw_methods_figure(now, ratios, scale, title).savefig(path)
+    except ImportError:
+        return []
+    return [path]

@@ -1,10 +1,17 @@
 """Rotary position embeddings: longer contexts by every method of the literature, and a precision that is kept.
 
 frequencies   the formulas that transformers has not
+checks        the numbers that methods take
 methods       what each method writes into a config
+request       what `extend` was asked for
+configs       what a config said before a method, and says after it
 extension     `extend` and `load`: a method on a model or a config
+search        LongRoPE's search for factors
 rotary        a transformers model's own rotary modules
 precision     tables and rotation at a stated precision; needs torch alone
+casts         in what precision a model rotates by itself
+inspection    what a config does now, and what each method would do to it
+draw          the picture of that
 """
 
 from importlib import import_module
@@ -19,17 +26,25 @@ from anchor_attn.rope.precision import packed_rotary_table as packed_rotary_tabl
 from anchor_attn.rope.precision import rotary_table as rotary_table
 
 if TYPE_CHECKING:
+    from anchor_attn.rope.configs import chooses_by_length as chooses_by_length
     from anchor_attn.rope.extension import extend as extend
     from anchor_attn.rope.extension import load as load
     from anchor_attn.rope.methods import METHODS as METHODS
     from anchor_attn.rope.methods import method_frequencies as method_frequencies
+    from anchor_attn.rope.search import PROGRESSIVE as PROGRESSIVE
+    from anchor_attn.rope.search import SearchResult as SearchResult
+    from anchor_attn.rope.search import search_factors as search_factors
 
 # What needs transformers is imported when it is asked for.
 LAZY = {
     "METHODS": "anchor_attn.rope.methods",
+    "PROGRESSIVE": "anchor_attn.rope.search",
+    "SearchResult": "anchor_attn.rope.search",
+    "chooses_by_length": "anchor_attn.rope.configs",
     "extend": "anchor_attn.rope.extension",
     "load": "anchor_attn.rope.extension",
     "method_frequencies": "anchor_attn.rope.methods",
+    "search_factors": "anchor_attn.rope.search",
 }
 
 

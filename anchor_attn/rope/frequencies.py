@@ -41,8 +41,7 @@ def by_parts(inv_freq: Tensor, factor: float, original_len: int, slow: float = 1
         slow: turns, the paper's α.
         fast: turns, its β.
     """
-    turns = original_len * inv_freq.double() / (2 * math.pi)
-    kept = ((turns - slow) / (fast - slow)).clamp(0, 1)
+    kept = ((turns_in(inv_freq, original_len) - slow) / (fast - slow)).clamp(0, 1)
     return (inv_freq.double() * ((1 - kept) / factor + kept)).float()
 
 

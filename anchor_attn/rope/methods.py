@@ -14,7 +14,7 @@
 Where transformers has a method, its own function computes it.
 """
 
-import math
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from anchor_attn.masks.layout import checked_int
+from anchor_attn.rope.checks import checked_factor, checked_factors, checked_length, checked_number, checked_order
 from anchor_attn.rope.frequencies import by_parts, ntk_theta, rescale_factors, yarn_attention_factor
 from anchor_attn.rope.precision import inverse_frequencies
 
@@ -83,50 +84,61 @@ def method_frequencies(
 
     Returns:
         Inverse frequencies, float32 [R/2], and the factor on cos and sin.
+
+    Raises:
+        ValueError: as `extend`.
     """
+    check_options(method, options)
+    factor, original_len = checked_factor(method, factor), checked_length("original_len", original_len)
     original = Original({"rope_type": "default", "rope_theta": theta}, original_len, rotary_dim)
     longest = round(original_len * factor) if seq_len is None else seq_len
-    return frequencies_of(METHODS[method](original, factor, **options), original, longest)
+    return frequencies_of(parameters_of(method, original, factor, options), original, longest)
+
+
+def parameters_of(method: str, original: Original, factor: float, options: dict[str, Any]) -> Parameters:
+    """What a method writes in place of, or beside, the original parameters.
+
+    Raises:
+        TypeError, ValueError: an option's value, or RoPE that has no frequencies: a base of 0, an odd size.
+    """
+    inverse_frequencies(original.rotary_dim, original.theta)
+    return METHODS[method](original, factor, **options)
 
 
 def frequencies_of(parameters: Parameters, original: Original, seq_len: int | None = None) -> tuple[Tensor, float]:
     """What transformers makes of rope parameters: inverse frequencies, float32 [R/2], and the factor on cos and sin."""
-    parameters = {"rope_theta": original.theta, **parameters}
-    parameters["rope_type"] = parameters["rope_type"].removeprefix(NEEDS_US)
+    parameters = {"rope_theta": original.theta, **parameters_at_run_time(parameters)}
+    parameters.pop("partial_rotary_factor", None)  # in the rotary size already
     if parameters["rope_type"] == "default":
         return inverse_frequencies(original.rotary_dim, parameters["rope_theta"]), 1.0
-    config = LlamaConfig(
-        head_dim=original.rotary_dim, max_position_embeddings=original.length, rope_parameters=parameters
-    )
+    # Of these "dynamic" alone reads the longest length, as the original one; others warn unless it is longer than that.
+    longest = original.length if parameters["rope_type"] == "dynamic" else round(original.length * parameters["factor"])
+    config = LlamaConfig(head_dim=original.rotary_dim, max_position_embeddings=longest, rope_parameters=parameters)
     with torch.device("cpu"):
         return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"), seq_len=seq_len)
 
 
-def checked_factors(name: str, factors: Sequence[float], pairs: int) -> list[float]:
-    """Rescale factors, one a pair, above 0 and not falling, as floats.
+def parameters_at_run_time(parameters: Parameters) -> Parameters:
+    """What transformers' functions compute with, where a checkpoint says that they do not suffice."""
+    shown = {name: value for name, value in parameters.items() if name != "n_hat"}
+    return {**shown, "rope_type": shown["rope_type"].removeprefix(NEEDS_US)}
 
-    Raises:
-        ValueError: their number, or one of them.
-    """
-    checked = [float(factor) for factor in factors]
-    if len(checked) != pairs:
-        raise ValueError(f"{name} must hold a factor for each of {pairs} pairs, got {len(checked)}; pass {pairs}.")
-    if not all(0 < factor < math.inf for factor in checked):
-        raise ValueError(f"{name} must be above 0 and finite, got {checked}; pass 1.0 to keep a pair as it is.")
-    falls = [i for i in range(1, pairs) if checked[i] < checked[i - 1]]
-    if falls:
-        raise ValueError(
-            f"{name} must not fall from pair to pair, got {checked[falls[0] - 1]} before {checked[falls[0]]} at pair "
-            f"{falls[0]}; a slower pair is interpolated at least as much as a faster one."
-        )
-    return checked
+
+def check_options(method: str, options: dict[str, Any]) -> None:
+    """Raise a ValueError unless the method is known and has these options."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}; pass one of them.")
+    known = [name for name in inspect.signature(METHODS[method]).parameters if name not in ("original", "factor")]
+    if unknown := sorted(options.keys() - set(known)):
+        has = f"of {tuple(known)}" if known else "left out"
+        raise ValueError(f"options of method={method!r} must be {has}, got {', '.join(unknown)}; leave them out.")
 
 
 # --- each method's parameters ----------------------------------------------------------------------------------------
 
 
 def _default(original: Original, factor: float, theta: float | None = None) -> Parameters:
-    return {"rope_type": "default"} | ({} if theta is None else {"rope_theta": float(theta)})
+    return {"rope_type": "default"} | ({} if theta is None else {"rope_theta": checked_number("theta", theta)})
 
 
 def _linear(original: Original, factor: float) -> Parameters:
@@ -143,8 +155,8 @@ def _dynamic(original: Original, factor: float) -> Parameters:
 
 
 def _ntk_by_parts(original: Original, factor: float, beta_fast: float = 32.0, beta_slow: float = 1.0) -> Parameters:
-    inv_freq = by_parts(original.inv_freq, factor, original.length, beta_slow, beta_fast)
-    return as_factors(original, factor, inv_freq, attention_factor=1.0)
+    slow, fast = checked_order("beta_slow", beta_slow, "beta_fast", beta_fast)
+    return as_factors(original, factor, by_parts(original.inv_freq, factor, original.length, slow, fast), 1.0)
 
 
 def _yarn(
@@ -153,14 +165,21 @@ def _yarn(
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
     attention_factor: float | None = None,
+    mscale: float | None = None,
+    mscale_all_dim: float | None = None,
+    truncate: bool = True,
 ) -> Parameters:
+    slow, fast = checked_order("beta_slow", beta_slow, "beta_fast", beta_fast)
+    given = {"attention_factor": attention_factor, "mscale": mscale, "mscale_all_dim": mscale_all_dim}
     return {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": original.length,
-        "beta_fast": beta_fast,
-        "beta_slow": beta_slow,
-    } | ({} if attention_factor is None else {"attention_factor": float(attention_factor)})
+        "beta_fast": fast,
+        "beta_slow": slow,
+        **{name: checked_number(name, value) for name, value in given.items() if value is not None},
+        **({} if truncate else {"truncate": False}),
+    }
 
 
 def _yarn_paper(
@@ -170,45 +189,46 @@ def _yarn_paper(
     beta_slow: float = 1.0,
     attention_factor: float | None = None,
 ) -> Parameters:
-    inv_freq = by_parts(original.inv_freq, factor, original.length, beta_slow, beta_fast)
-    return as_factors(
-        original, factor, inv_freq, yarn_attention_factor(factor) if attention_factor is None else attention_factor
-    )
+    parameters = _ntk_by_parts(original, factor, beta_fast, beta_slow)
+    scaling = yarn_attention_factor(factor) if attention_factor is None else attention_factor
+    return {**parameters, "attention_factor": checked_number("attention_factor", scaling)}
 
 
 def _longrope(
     original: Original,
     factor: float,
-    factors: Sequence[float] = (),
+    factors: Sequence[float] | None = None,
     short_factors: Sequence[float] | None = None,
     n_hat: int = 0,
     attention_factor: float | None = None,
 ) -> Parameters:
+    if factors is None:
+        raise ValueError("factors must be given for method='longrope', got none; search them, or pass one a pair.")
     pairs = original.rotary_dim // 2
-    short = [1.0] * pairs if short_factors is None else short_factors
+    if checked_int(n_hat, "n_hat") < 0:
+        raise ValueError(f"n_hat must be 0 or more positions, got {n_hat}; pass 0 to rescale all of them.")
     parameters = {
-        "rope_type": "longrope",
+        "rope_type": f"{NEEDS_US}longrope" if n_hat else "longrope",
         "factor": factor,
         "original_max_position_embeddings": original.length,
         "long_factor": checked_factors("factors", factors, pairs),
-        "short_factor": checked_factors("short_factors", short, pairs),
+        "short_factor": checked_factors("short_factors", factors if short_factors is None else short_factors, pairs),
     }
-    if checked_int(n_hat, "n_hat") < 0:
-        raise ValueError(f"n_hat must be 0 or more positions, got {n_hat}; pass 0 to rescale all of them.")
-    if n_hat:
-        parameters |= {"rope_type": f"{NEEDS_US}longrope", "n_hat": n_hat}
-    return parameters | ({} if attention_factor is None else {"attention_factor": float(attention_factor)})
+    if attention_factor is not None:
+        parameters["attention_factor"] = checked_number("attention_factor", attention_factor)
+    return {**parameters, "n_hat": int(n_hat)} if n_hat else parameters
 
 
 def _llama3(
     original: Original, factor: float, low_freq_factor: float = 1.0, high_freq_factor: float = 4.0
 ) -> Parameters:
+    low, high = checked_order("low_freq_factor", low_freq_factor, "high_freq_factor", high_freq_factor)
     return {
         "rope_type": "llama3",
         "factor": factor,
         "original_max_position_embeddings": original.length,
-        "low_freq_factor": low_freq_factor,
-        "high_freq_factor": high_freq_factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
     }
 
 

@@ -1,0 +1,206 @@
+"""What a config says about its RoPE, and what every method would make of it.
+
+    pair    wavelength    turns    linear     ntk    yarn
+       0           6.3    651.9     0.125   1.000   1.000
+      32         628.3      6.5     0.125   0.348   0.596
+      63      54,410.1      0.1     0.125   0.125   0.125
+
+are three pairs of Llama 2 under a factor of 8: tokens of a turn, turns in the 4,096 tokens that it was trained on, and
+θ'/θ by method. Pairs that have not turned once there, 46 to 63, meet angles in longer contexts that training never had.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from anchor_attn.rope.checks import checked_factor, checked_length
+from anchor_attn.rope.configs import RECORD, Request, read_original
+from anchor_attn.rope.frequencies import turns_in
+from anchor_attn.rope.methods import METHODS, NEEDS_US, Original, frequencies_of, method_frequencies
+
+# Layers of this kind are extended, where a model has kinds: sliding ones never look farther than their window.
+EXTENDED_KIND = "full_attention"
+
+
+@dataclass(frozen=True)
+class RopeNow:
+    """RoPE of one kind of layer, as its config has it.
+
+    Attributes:
+        layer_type: None where all layers share their frequencies.
+        method: a name of ours where `extend` wrote it, else transformers' type.
+        factor: how many times the original length it was made for; 1 where nothing is extended.
+        present_len: tokens that the config promises now.
+        attention_factor: on cos and sin.
+        n_hat: first positions that keep the original frequencies.
+        inv_freq: now, at the present length, float32 [R/2].
+        original: before any extension.
+    """
+
+    layer_type: str | None
+    method: str
+    factor: float
+    present_len: int
+    attention_factor: float
+    n_hat: int
+    inv_freq: Tensor
+    original: Original
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether `extend` would change this kind of layer."""
+        return self.layer_type in (None, EXTENDED_KIND)
+
+    @property
+    def turns(self) -> Tensor:
+        """How often each original pair turns in the original length, float64 [R/2]."""
+        return turns_in(self.original.inv_freq, self.original.length)
+
+    @property
+    def unturned_pairs(self) -> list[int]:
+        """Pairs that have not turned once in the original length: of their angles, training has seen a part only."""
+        return [pair for pair, turns in enumerate(self.turns.tolist()) if turns < 1]
+
+    def summary(self) -> dict[str, Any]:
+        """As a result file says it; the pairs are its records."""
+        return {
+            "layer_type": self.layer_type,
+            "method": self.method,
+            "factor": self.factor,
+            "theta": self.original.theta,
+            "rotary_dim": self.original.rotary_dim,
+            "original_len": self.original.length,
+            "present_len": self.present_len,
+            "attention_factor": self.attention_factor,
+            "n_hat": self.n_hat,
+            "unturned_pairs": self.unturned_pairs,
+        }
+
+
+def describe_rope(config: PreTrainedConfig, original_len: int | None = None) -> list[RopeNow]:
+    """What a config says, for every kind of layer that has rotary positions.
+
+    Args:
+        config: of a model, or of its text part.
+        original_len: tokens the model was trained on, where its config does not say.
+
+    Raises:
+        ValueError: no rotary positions, a rope type that nothing is known about, or an original length that nothing
+            says.
+    """
+    if original_len is not None:
+        checked_length("original_len", original_len)
+    config = config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds: list[str | None] = [kind for kind, value in parameters.items() if isinstance(value, dict) and value]
+    return [_describe(config, kind, original_len) for kind in kinds or [None]]
+
+
+def compare_methods(
+    original: Original, factor: float, searched: Sequence[float] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """θ'/θ of every pair under every method, at the length that the factor asks for.
+
+    Args:
+        original: RoPE before any extension.
+        factor: how many times the original length, above 1.
+        searched: factors of "longrope", one a pair; without them that method is left out.
+
+    Returns:
+        By method, float64 [R/2]; and by method that has no meaning here, why.
+
+    Raises:
+        ValueError: a factor that is none, or searched factors that do not fit.
+    """
+    checked_factor("linear", factor)
+    ratios, left_out = {}, {}
+    for method in METHODS:
+        if method == "longrope" and searched is None:
+            continue
+        options: dict[str, Any] = {"factors": searched} if method == "longrope" else {}
+        try:
+            inv_freq, _ = method_frequencies(
+                method, original.theta, original.rotary_dim, original.length, factor, **options
+            )
+        except ValueError as error:
+            if options:
+                raise
+            left_out[method] = str(error)
+            continue
+        ratios[method] = inv_freq.double() / original.inv_freq.double()
+    return ratios, left_out
+
+
+def resolve_factor(original_len: int, factor: float | None, target_len: int | None, default: float = 8.0) -> float:
+    """How many times the original length is asked for.
+
+        resolve_factor(4096, None, 65_536)      16.0
+
+    Raises:
+        ValueError: both are given, a factor that is none, or a target that is not above the original length.
+    """
+    factor = default if factor is target_len is None else factor
+    return Request("linear", factor, target_len, None, (), {}).scale(original_len)
+
+
+def list_pairs(now: RopeNow, ratios: Mapping[str, Tensor | None]) -> list[dict[str, Any]]:
+    """A record a pair: its wavelength in tokens, its turns in the original length, and θ'/θ now and by method.
+
+    Args:
+        now: of one kind of layer.
+        ratios: as `compare_methods` gives them; None for what this kind of layer is left out of.
+    """
+    theta, pairs = now.original.inv_freq.double(), len(now.original.inv_freq)
+    columns = {"now": (now.inv_freq.double() / theta).tolist()}
+    columns |= {name: [None] * pairs if ratio is None else ratio.tolist() for name, ratio in ratios.items()}
+    return [
+        {
+            "layer_type": now.layer_type,
+            "pair": pair,
+            "wavelength_tokens": 2 * math.pi / frequency,
+            "turns": turns,
+            "turned_once": turns >= 1,
+            **{name: column[pair] for name, column in columns.items()},
+        }
+        for pair, (frequency, turns) in enumerate(zip(theta.tolist(), now.turns.tolist(), strict=True))
+    ]
+
+
+def name_pairs(pairs: Sequence[int]) -> str:
+    """Pairs as stretches.
+
+    name_pairs([3, 4, 5, 9])      "3–5, 9"
+    """
+    stretches: list[list[int]] = []
+    for pair in pairs:
+        if stretches and pair == stretches[-1][-1] + 1:
+            stretches[-1].append(pair)
+        else:
+            stretches.append([pair])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in stretches)
+
+
+def _describe(config: PreTrainedConfig, kind: str | None, original_len: int | None) -> RopeNow:
+    original = read_original(config, kind, original_len)
+    parameters = config.rope_parameters if kind is None else config.rope_parameters[kind]
+    record = getattr(config, RECORD, None) or {}
+    written = record if str(kind) in record.get("original", {}) else {}
+    present_len = int(config.max_position_embeddings)
+    inv_freq, attention_factor = frequencies_of(parameters, original, present_len)
+    rope_type = parameters.get("rope_type", "default").removeprefix(NEEDS_US)
+    factor = written.get("factor") or parameters.get("factor") or present_len / original.length
+    extended = written or rope_type != "default"
+    return RopeNow(
+        layer_type=kind,
+        method=written.get("method", rope_type),
+        factor=float(factor) if extended else 1.0,
+        present_len=present_len,
+        attention_factor=float(attention_factor),
+        n_hat=int(parameters.get("n_hat") or 0),
+        inv_freq=inv_freq,
+        original=original,
+    )
