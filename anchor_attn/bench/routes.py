@@ -9,7 +9,7 @@ softcap         30
 sinks           a learned logit a head
 window+softcap, window+sinks
 
-The reference takes part in the plain calls only; where beyond them one route is left, there is nothing to choose, and the
+The reference takes part in the plain calls only; where beyond them one route is left, nothing is to choose, and the
 case is not timed.
 """
 

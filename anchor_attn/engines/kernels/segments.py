@@ -107,9 +107,11 @@ def _attend_segment(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor
         chunks = [_attend_chunk(*chunk, scoring) for chunk in _chunks(q, k, v, scoring)]
         return torch.cat(chunks, dim=2)
     behind = k.shape[2] - q.shape[2]
-    # is_causal is aligned top-left: square it with queries of zeros and drop their output.
-    out = _sdpa(F.pad(q, (0, 0, behind, 0)) if behind else q, k, v, scoring)
-    return out[:, :, behind:]
+    if not behind:
+        return _sdpa(q, k, v, scoring)
+    # is_causal is aligned top-left: square it with queries of zeros and drop their output, by a split again.
+    square = torch.cat((q.new_zeros(*q.shape[:2], behind, q.shape[3]), q), dim=2)
+    return _sdpa(square, k, v, scoring).split((behind, q.shape[2]), dim=2)[1]
 
 
 def _chunks(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
