@@ -146,3 +146,9 @@ def test_the_house_is_as_drawn_and_every_folder_has_its_line():
 def test_links_to_files_lead_somewhere():
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_every_table_of_the_readme_has_a_header():
+    for block in re.findall(r"(?:^\|.*\n)+", README, flags=re.MULTILINE):
+        lines = block.splitlines()
+        assert re.fullmatch(r"\|(:?-+:?\|)+", lines[1].replace(" ", "")), lines[0]

@@ -6,14 +6,13 @@
 transformers hands keywords of the model to its attention function, so `document_ids` travels by itself.
 """
 
-import copy
 import sys
 from typing import Any, TypeVar
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from anchor_attn.configs import configs_of
+from anchor_attn.configs import configs_of, own_configs
 from anchor_attn.engines.choice import check_engine
 from anchor_attn.hf.forward import attention_forward, before_forward, defer_mask
 from anchor_attn.hf.proof import prove
@@ -72,7 +71,7 @@ def wrap(model: M, pattern: Pattern = "anchor", engine: str = "auto", rope_preci
             "config names nothing else; call model.set_attn_implementation('sdpa') first."
         )
     register()
-    _own_configs(model)
+    own_configs(model)
     for module in model.modules():
         for config in configs_of(module).values():
             setattr(module, SETTINGS, Settings(pattern, engine, config._attn_implementation, rope_precision))
@@ -126,11 +125,3 @@ def register() -> None:
     """Make the implementation known to transformers; again and again does no harm."""
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, defer_mask)
-
-
-def _own_configs(model: nn.Module) -> None:
-    """Replace the config on every submodule that holds it: models built from one config share its implementation."""
-    copies: dict[int, Any] = {}
-    for module in model.modules():
-        for name, config in configs_of(module).items():
-            setattr(module, name, copy.deepcopy(config, copies))

@@ -24,7 +24,7 @@ class SearchResult:
         original_max_position_embeddings: that length, in tokens.
         fitness: of these factors; lower is better.
         fitness_of: of each start beside: "linear", "ntk", "yarn", and what else was asked for.
-        short_factors: λ for inputs up to the original length; None before a second search, ones then.
+        short_factors: λ for inputs up to the original length; None before a second search, the same factors then.
         short_fitness: of these.
         short_fitness_of: of ones ("default") and of `factors` ("long") on the same short inputs.
         records: of each round, what was the best so far, and how many individuals had been evaluated.
