@@ -15,6 +15,7 @@ from anchor_attn.masks import PATTERNS, attended_pairs
 from anchor_attn.masks.dialects.copied import IGNORED_LABEL
 from anchor_attn.masks.layout import PositionPolicy
 from anchor_attn.masks.patterns import Pattern
+from anchor_attn.rope.precision import RopePrecision
 from anchor_attn.train.collator import PackedCollator
 from anchor_attn.train.packing import PackedRows
 
@@ -41,7 +42,7 @@ class Arm:
     pattern: Pattern
     position_policy: PositionPolicy = "continuous"
     bos_per_document: bool = False
-    rope_precision: str = "model"
+    rope_precision: RopePrecision = "model"
 
     @classmethod
     def parse(cls, name: str) -> "Arm":

@@ -20,7 +20,7 @@ from anchor_attn.request import Call
 from anchor_attn.results import CheckError
 
 # What `--rivals` calls them, and what records do.
-RIVALS = {
+RIVALS: dict[str, str] = {
     **{pattern: f"wrapped {pattern}" for pattern in PATTERNS},
     "anchor-exact": "wrapped anchor, exact RoPE",
     "transformers": "transformers packed SDPA",

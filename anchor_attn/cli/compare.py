@@ -58,7 +58,7 @@ def compare_command(
         batch_size=batch_size,
         learning_rate=learning_rate,
         cut=cut,  # type: ignore[arg-type]  # pack_documents checks it
-        engine=engine,  # type: ignore[arg-type]  # compare checks it
+        engine=engine,
         device=device,
         dtype=dtype,
         out=out,

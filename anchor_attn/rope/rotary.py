@@ -40,7 +40,7 @@ class Rotary:
     """
 
     name: str
-    module: nn.Module
+    module: Any  # an nn.Module with the attributes that transformers gives its rotary modules
     layer_type: str | None
 
     @property
