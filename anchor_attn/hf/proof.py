@@ -154,9 +154,9 @@ def _forward(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         output = model(input_ids=input_ids, document_ids=layout, use_cache=False)
     finally:
         handle.remove()
-    if output[0].shape[:2] == input_ids.shape:  # else a head that answers once a row, of the tokens that it sees there
-        states.append(output[0])
-    return torch.cat(states, dim=-1).double()
+    if output[0].shape[:2] != input_ids.shape:
+        raise ValueError("its head answers once a row, and rows hold several documents")
+    return torch.cat([output[0], *states], dim=-1).double()
 
 
 @contextmanager

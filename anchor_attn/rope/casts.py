@@ -224,7 +224,7 @@ def _hollow_model(config: PreTrainedConfig, dtype: str, way: Way, device: str) -
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); mend the config."
         ) from error
     for name, module in {rotary.name: rotary.module for rotary in rotaries_of(model)}.items():
-        real = rebuilt(module, module.config).to(device)  # type: ignore[arg-type]  # torch: a module's attribute
+        real = rebuilt(module, module.config).to(device)
         model.set_submodule(name, real.to(getattr(torch, dtype)) if way == "cast" else real)
     room = [MOST_BYTES]
 
