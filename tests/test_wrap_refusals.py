@@ -115,8 +115,8 @@ def test_a_head_that_answers_per_row_is_refused():
     model = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
     with pytest.raises(
         ValueError,
-        match=r"^model must run a forward pass under anchor_attn, got LlamaForSequenceClassification, in which it failed "
-        r"with ValueError: its head answers once a row, and rows hold several documents; run it unwrapped",
+        match=r"^model must run a forward pass under anchor_attn, got LlamaForSequenceClassification, in which it "
+        r"failed with ValueError: its head answers once a row, and rows hold several documents; run it unwrapped",
     ):
         wrap(model)
 
