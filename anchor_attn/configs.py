@@ -1,4 +1,4 @@
-"""Which transformers configs a module holds."""
+"""The transformers configs that a model's modules hold."""
 
 import copy
 from typing import Any
@@ -13,8 +13,11 @@ def configs_of(module: nn.Module) -> dict[str, PreTrainedConfig]:
 
 
 def own_configs(model: nn.Module) -> None:
-    """Give a model copies of its configs, as shared inside it as they were: models built from one share it."""
-    copies: dict[int, Any] = {}
+    """Give a model configs of its own, for models built from one config share it.
+
+    Modules that held one config hold one copy of it afterwards.
+    """
+    copies: dict[int, Any] = {}  # deepcopy's memo: by the id of what was copied
     for module in model.modules():
         for name, config in configs_of(module).items():
             setattr(module, name, copy.deepcopy(config, copies))

@@ -33,6 +33,12 @@ def check_device(device: str) -> None:
         raise ValueError("device must be one that torch has here, got 'cuda' without a CUDA device; pass --device cpu.")
 
 
+def check_seed(seed: int) -> None:
+    """Raise a ValueError unless numpy and torch both take the seed."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie between 0 and 2**32 - 1, got {seed}; pass 0, say.")
+
+
 def check_folder(folder: Path) -> None:
     """Make a folder for results, before hours of work whose results could not be written.
 

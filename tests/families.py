@@ -1,6 +1,6 @@
 """Tiny random decoders of the families that `wrap` is proven on, each in a configuration in which its features bite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -328,3 +328,11 @@ def state_of(model: PreTrainedModel) -> dict[str, Any]:
         "training": [module.training for module in model.modules()],
         "weights": list(model.state_dict()),
     }
+
+
+def each_family(quick: Collection[str], without: Collection[str] = ()) -> pytest.MarkDecorator:
+    """Parametrize a test by family; those that are not quick are slow."""
+    names = [name for name in FAMILIES if name not in without]
+    return pytest.mark.parametrize(
+        "family", [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+    )

@@ -71,6 +71,12 @@ def test_windows_without_room_for_their_context_are_refused():
         Plan(seq_len=255)
 
 
+@pytest.mark.parametrize("times", [(2, 16), (1, 4), (16,)])
+def test_lengths_without_the_trained_or_the_tuned_one_are_refused(times):
+    with pytest.raises(ValueError, match=r"^times must begin with 1 and hold tuned_times, got \(.*\) and 16; add them"):
+        Plan(times=times, tuned_times=16)
+
+
 def test_training_learns_and_depends_on_its_seed_alone(model):
     one, same, other = (copy.deepcopy(model) for _ in range(3))
     losses = [

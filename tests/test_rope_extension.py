@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from families import FAMILIES, state_of, tiny_config, tiny_model
+from families import each_family, state_of, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -36,24 +36,10 @@ CORE = (
     "ministral3", "cohere2",
 )  # fmt: skip
 
-every_family = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=() if name in CORE else pytest.mark.slow)
-        for name in FAMILIES
-        if name not in NOT_EXTENDED
-    ],
-)
+every_family = each_family(CORE, NOT_EXTENDED)
 # One of each make: shared or by kind of layer, born with a method, a class that refuses some, a scale in the layers.
 MAKES = ("llama", "gemma3_text", "gpt_oss", "phi3", "deepseek_v3")
-a_family_of_each_make = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=() if name in MAKES else pytest.mark.slow)
-        for name in FAMILIES
-        if name not in NOT_EXTENDED
-    ],
-)
+a_family_of_each_make = each_family(MAKES, NOT_EXTENDED)
 every_method = pytest.mark.parametrize("method", METHODS)
 STATIC = [method for method in METHODS if method not in ("default", "dynamic")]
 
@@ -407,8 +393,9 @@ def test_training_refuses_such_a_method_for_continuous_positions(arm, tmp_path):
     config = extend(tiny_config("llama"), "dynamic", 4)
     config.save_pretrained(tmp_path)
     spec = RunSpec(
-        Arm.parse(arm), 0, str(tmp_path / "config.json"), 67, 1, 32, 1, 1, 1e-3, "auto", "cpu", "float32", tmp_path
-    )
+        arm=Arm.parse(arm), seed=0, model=str(tmp_path / "config.json"), vocab_size=67, anchor_token_id=1, seq_len=32,
+        steps=1, batch_size=1, learning_rate=1e-3, engine="auto", device="cpu", dtype="float32", out=tmp_path,
+    )  # fmt: skip
     refused = (
         r"^position_policy must be 'reset' for RoPE that is chosen by the input's length, got 'continuous' for Llama"
     )
@@ -624,6 +611,8 @@ def assert_refused(model, error, message, method="yarn", **asked):
         ({"factor": float("nan")}, r"^factor must be above 1 and finite, got nan; "),
         ({"factor": float("inf")}, r"^factor must be above 1 and finite, got inf; "),
         ({"target_len": 64}, r"^target_len must be above the original length of 128 tokens, got 64; raise it, or say"),
+        ({"factor": 1e308}, r"^factor must be at most 1,000,000, got 1e\+308; pass 8, say"),
+        ({"target_len": 10**400}, r"^target_len must be at most 1,000,000 times the original length of 128"),
         ({"target_len": 128}, r"^target_len must be above the original length of 128 tokens, got 128; "),
         ({"factor": 4, "target_len": 512}, r"^factor or target_len must be given, got both \(4 and 512\); pass one"),
         ({}, r"^factor or target_len must be given for method='yarn', got none; pass factor=8"),

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, tiny_config, tiny_model
+from families import each_family, tiny_config, tiny_model
 from torch import nn
 from transformers import AttentionInterface
 
@@ -18,14 +18,7 @@ POSITIONS = {"float32": [0, 1, 2, 10, 100, 1000], "exact": [0, 1, 2, 4095, 100_0
 CORE = ("llama", "gemma3_text", "gpt_neox", "gpt_oss", "cohere2", "deepseek_v2", "deepseek_v3", "phi", "olmo2", "glm4")
 WITHOUT_ROTARY = ("gpt2", "opt")
 
-every_rotary_family = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=() if name in CORE else pytest.mark.slow)
-        for name in FAMILIES
-        if name not in WITHOUT_ROTARY
-    ],
-)
+every_rotary_family = each_family(CORE, WITHOUT_ROTARY)
 
 
 def first_query_and_key(model, positions):

@@ -673,3 +673,12 @@ def test_a_model_whose_scores_are_scaled_by_its_method_is_refused(sequences):
     model = tiny_model("deepseek_v3", torch.float32, rope_parameters=parameters)
     with pytest.raises(ValueError, match=r'with mscale_all_dim.*call extend\(model, "default"\) first'):
         search_factors(model, sequences, 8)
+
+
+def test_a_config_that_holds_no_n_hat_is_refused_before_the_search():
+    model = tiny_model("phi3", torch.float32)
+    sequences = torch.randint(3, 60, (1, 256))
+    with pytest.raises(
+        ValueError, match=r"^n_hats must be \(0,\) for Phi3ForCausalLM, whose config holds no n̂, got \(0,"
+    ):
+        search_factors(model, sequences, 2, rounds=0)

@@ -18,7 +18,15 @@ import numpy as np
 
 from anchor_attn.engines.choice import check_engine
 from anchor_attn.masks.layout import PackedLayout
-from anchor_attn.results import CheckError, check_device, check_folder, describe_environment, write_json, write_jsonl
+from anchor_attn.results import (
+    CheckError,
+    check_device,
+    check_folder,
+    check_seed,
+    describe_environment,
+    write_json,
+    write_jsonl,
+)
 from anchor_attn.train.documents import Documents, read_documents
 from anchor_attn.train.packing import CUTS, Cut, PackedRows, pack_documents
 from anchor_attn.train.presets import SIZES, check_model
@@ -243,8 +251,7 @@ def _check(settings: Comparison) -> None:
         if (value := getattr(settings, name)) < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value}; pass more.")
     for seed in settings.seeds:
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must lie between 0 and 2**32 - 1, got {seed}; pass 0, say.")
+        check_seed(seed)
     if not 0 < settings.learning_rate < float("inf"):
         raise ValueError(f"learning_rate must be positive, got {settings.learning_rate}; pass 3e-3, say.")
     if settings.dtype not in ("float32", "bfloat16"):

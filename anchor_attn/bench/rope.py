@@ -46,8 +46,8 @@ class Plan:
 
     Attributes:
         seq_len: tokens of the rows that the model is trained on.
-        times: lengths it is read at, in those; the first is 1.
-        tuned_times: length of the fine-tuning.
+        times: lengths it is read at, in multiples of seq_len; the first is 1.
+        tuned_times: length of the fine-tuning, one of these.
         model_size: fields of a LlamaConfig.
         vocab_size: of the tokenizer.
         steps: of the training.
@@ -84,6 +84,10 @@ class Plan:
                 f"seq_len must be at least {2 * self.scored_tokens}, twice the scored tokens, got {self.seq_len}; "
                 "pass 256."
             )
+        if self.times[0] != 1 or self.tuned_times not in self.times[1:]:
+            raise ValueError(
+                f"times must begin with 1 and hold tuned_times, got {self.times} and {self.tuned_times}; add them."
+            )
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Reading:
     Attributes:
         method: as `extend`; "default" is plain RoPE.
         stage: "untrained", or "fine-tuned" at the length that the plan says.
-        times: the length, in trained ones.
+        times: the length, in multiples of the trained one.
         seq_len: tokens of a window.
         factor: that the method was given; 1 where nothing is extended.
         window_nats: mean loss of the scored tokens of each window.

@@ -52,7 +52,7 @@ class Readings:
         return self.at("untrained", "default", self.times[0])
 
     def ratio(self, stage: Stage, method: str, times: int) -> float:
-        """A perplexity in those of the plain model at its own length."""
+        """A perplexity, as a multiple of the plain model's at its own length."""
         return self.at(stage, method, times).perplexity / self.trained.perplexity
 
 
@@ -186,7 +186,7 @@ def draw_readings_figure(readings: Readings, plan: Plan, title: str) -> "Figure"
         axes.set_xticks(readings.times, [f"{times} ×\n{times * plan.seq_len:,}" for times in readings.times])
         axes.minorticks_off()
         axes.set_yscale("log")
-        axes.set_xlabel("length in trained ones, and in tokens")
+        axes.set_xlabel("length, in multiples of the trained one and in tokens")
         axes.set_title(describe_stage(stage, plan), fontsize=10)
         axes.grid(alpha=0.2)
     panels[0].set_ylabel(f"perplexity of the same {plan.scored_tokens} tokens")

@@ -91,9 +91,9 @@ def _table(readings: "Readings", plan: "Plan", sections: list[tuple[str, Any]]) 
     from anchor_attn.bench.rope_report import table_rows
 
     table = Table(box=box.SIMPLE_HEAD, caption="* best of its length", caption_justify="left")
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", max_width=22)  # titles of sections stand there too, and may wrap
     for times in readings.times:
-        table.add_column(f"{times} × = {times * plan.seq_len:,}", justify="right", no_wrap=True)
+        table.add_column(f"{times} ×\n{times * plan.seq_len:,}", justify="right", no_wrap=True)
     for title, stage in sections:
         table.add_row(f"[b]{title}[/b]")
         for row in table_rows(readings, stage):

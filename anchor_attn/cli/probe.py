@@ -64,11 +64,12 @@ def probe_command(
 
     from anchor_attn.isolation import check_isolation
     from anchor_attn.masks.patterns import check_pattern
-    from anchor_attn.results import check_device, check_folder, describe_environment, write_json
+    from anchor_attn.results import check_device, check_folder, check_seed, describe_environment, write_json
 
     check_device(device)
+    check_seed(seed)
     check_folder(out)
-    _check_choices(pattern, engine, attn_implementation, dtype, seed)
+    _check_choices(pattern, engine, attn_implementation, dtype)
     layout = _layout(lengths, document_ids, anchor_tokens)
     pattern = pattern or ("anchor" if layout.anchor_tokens else "intra_doc")
     check_pattern(layout, pattern)
@@ -123,9 +124,7 @@ def probe_command(
         raise typer.Exit(1)
 
 
-def _check_choices(
-    pattern: str | None, engine: str | None, attn_implementation: str | None, dtype: str | None, seed: int
-) -> None:
+def _check_choices(pattern: str | None, engine: str | None, attn_implementation: str | None, dtype: str | None) -> None:
     if pattern not in (None, "anchor", "intra_doc"):
         raise ValueError(f"pattern must be anchor or intra_doc, got {pattern!r}; pass one of them.")
     if dtype is not None and dtype not in DTYPES:
@@ -135,8 +134,6 @@ def _check_choices(
             f"engine must be left out where the model is not wrapped, got {engine!r} beside attn_implementation="
             f"{attn_implementation!r}; leave one out."
         )
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must lie between 0 and 2**32 - 1, got {seed}; pass another.")
 
 
 def _layout(lengths: str | None, document_ids: str | None, anchor_tokens: int | None) -> "PackedLayout":

@@ -1,5 +1,6 @@
 """`anchor-attn rope`: what a model's RoPE is, what a factor would make of it, and where it is rounded."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,9 +11,12 @@ from rich.console import Console
 from anchor_attn.cli.rope_search import search_command
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anchor_attn.rope.casts import Casts
     from anchor_attn.rope.inspection import RopeNow
 
-FACTOR = 8.0
+FACTOR = 8.0  # where nothing asks for another
 MODEL_HELP = (
     "A config file (*.json), a folder or a hub name, of which the config alone is read; tiny, laptop or small; or "
     "llama-2, a config like Llama 2's: theta 10,000, 4,096 tokens."
@@ -48,22 +52,23 @@ def rope_command(
     if context.invoked_subcommand is not None:
         _check_nothing_before(context)
         return
-    from anchor_attn.cli.rope_input import check_seed, read_config, read_searched
-    from anchor_attn.results import check_device, check_folder, describe_environment, write_csv, write_json
+    from anchor_attn.cli.rope_input import read_config, read_searched
+    from anchor_attn.results import check_device, check_folder, check_seed, describe_environment, write_csv, write_json
     from anchor_attn.rope.casts import WAYS, find_casts
-    from anchor_attn.rope.inspection import compare_methods, describe_rope, list_pairs, resolve_factor
+    from anchor_attn.rope.checks import Extension
+    from anchor_attn.rope.inspection import compare_methods, describe_rope, list_pairs
 
     check_device(device)
     check_seed(seed)
     check_folder(out)
     config = read_config(model)
     kinds = describe_rope(config, original_len)
-    extended = next((now for now in kinds if now.is_extended), kinds[0])
+    extended = next((now for now in kinds if now.is_extendable), kinds[0])
     searched = None if factors is None else read_searched(factors)
-    now_or_8 = extended.factor if extended.factor > 1 else FACTOR
-    scale = resolve_factor(
-        extended.original.length, factor, target_len, now_or_8 if searched is None else searched.factor
-    )
+    if factor is None and target_len is None:
+        present = extended.factor if extended.factor > 1 else FACTOR
+        factor = present if searched is None else searched.factor
+    scale = Extension("linear", factor, target_len).scale(extended.original.length)
     ratios, left_out = compare_methods(extended.original, scale, None if searched is None else searched.factors)
     casts = [find_casts(config, dtype, way, seed, device) for dtype, way in WAYS]
     records = [
@@ -85,7 +90,23 @@ def rope_command(
     if as_json:
         typer.echo((out / "rope.json").read_text(encoding="utf-8"), nl=False)
         return
+    _print(kinds, extended, scale, ratios, left_out, casts)
+    if len(files) == 2:
+        typer.echo("No picture: pip install matplotlib.")
+    typer.echo(f"Written: {', '.join(map(str, files))}")
+
+
+def _print(
+    kinds: "Sequence[RopeNow]",
+    extended: "RopeNow",
+    scale: float,
+    ratios: "Mapping[str, Tensor]",
+    left_out: Mapping[str, str],
+    casts: "Sequence[Casts]",
+) -> None:
+    """What is so now, what each method would make of it, and where the model rounds."""
     from anchor_attn.cli.rope_tables import casts_table, describe_kind, pairs_table
+    from anchor_attn.rope.inspection import list_pairs
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for now in kinds:
@@ -96,9 +117,6 @@ def rope_command(
         console.print(f"Left out: {method}: {reason}")
     console.print("\nWhere it is rounded: the model's own code beside each rope_precision")
     console.print(casts_table(casts), crop=False, no_wrap=True)
-    if len(files) == 2:
-        console.print("No picture: pip install matplotlib.")
-    console.print(f"Written: {', '.join(map(str, files))}")
 
 
 def _check_nothing_before(context: typer.Context) -> None:

@@ -20,12 +20,6 @@ FRESH_TOKENS = 256  # of a model with fresh weights
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def check_seed(seed: int) -> None:
-    """Raise a ValueError unless torch takes the seed."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must lie between 0 and 2**32 - 1, got {seed}; pass another.")
-
-
 def read_config(model: str) -> "PreTrainedConfig":
     """The config of a model's name: "llama-2", a size of ours, a file, a folder or a hub name; no weights.
 

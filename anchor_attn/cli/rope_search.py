@@ -1,7 +1,7 @@
 """`anchor-attn rope search`: LongRoPE's search on a model and a text."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -53,9 +53,10 @@ def search_command(
     The result is what extend(model, "longrope", factors="factors.json") takes. A search that was killed goes on with
     --resume, to the same result.
     """
-    from anchor_attn.cli.rope_input import check_seed, load_model, read_sequences
-    from anchor_attn.results import check_device, check_folder
-    from anchor_attn.rope.inspection import describe_rope, resolve_factor
+    from anchor_attn.cli.rope_input import load_model, read_sequences
+    from anchor_attn.results import check_device, check_folder, check_seed
+    from anchor_attn.rope.checks import Extension
+    from anchor_attn.rope.inspection import describe_rope
     from anchor_attn.rope.search import search_factors
     from anchor_attn.train.tokenizers import load_tokenizer
 
@@ -69,15 +70,16 @@ def search_command(
     say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
     _check_resume(out, resume, say)
     loaded, own_tokenizer = load_model(model, dtype, seed)
-    now = next(kind for kind in describe_rope(loaded.config, original_len) if kind.is_extended)
-    scale = resolve_factor(now.original.length, factor, target_len)
+    kinds = describe_rope(loaded.config, original_len)
+    now = next((now for now in kinds if now.is_extendable), kinds[0])
+    scale = Extension("longrope", factor, target_len).scale(now.original.length)
     found = read_sequences(
         text, text_column, load_tokenizer(tokenizer or own_tokenizer), limit,
         round(now.original.length * scale), sequences, seed,
     )  # fmt: skip
     say(f"{model} on {found.described}")
     common: dict[str, Any] = {
-        "fitness": _literal(fitness), "population": population, "mutations": mutations, "crossovers": crossovers,
+        "fitness": fitness, "population": population, "mutations": mutations, "crossovers": crossovers,
         "probability": probability, "rounds": rounds, "parents": parents, "original_len": original_len, "seed": seed,
         "progress": not as_json,
     }  # fmt: skip
@@ -109,10 +111,6 @@ def _check_resume(out: Path, resume: bool, say: Any) -> None:
         )
     if resume and not begun:
         say(f"Nothing to resume in {out}: the search begins.")
-
-
-def _literal(fitness: str) -> Literal["perplexity", "needle"]:
-    return "needle" if fitness == "needle" else "perplexity"
 
 
 def _described(result: "SearchResult", fitness: str) -> list[str]:

@@ -34,7 +34,7 @@ def describe_kind(now: RopeNow) -> str:
 
 
 def pairs_table(now: RopeNow, records: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Table:
-    """A line a pair, or every so many of them, and both sides of where pairs stop to turn once."""
+    """A line a pair, or every so many of them, and both sides of where pairs stop turning once."""
     methods = [method for method in methods if method != "default"]
     columns = (["now"] if now.method != "default" else []) + methods
     apart = -(-len(records) // MOST_LINES)

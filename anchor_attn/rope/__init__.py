@@ -1,9 +1,8 @@
 """Rotary position embeddings: longer contexts by every method of the literature, and a precision that is kept.
 
-frequencies   the formulas that transformers has not
-checks        the numbers that methods take
+frequencies   the formulas that transformers lacks
+checks        what `extend` was asked for, and the numbers that methods take
 methods       what each method writes into a config
-request       what `extend` was asked for
 configs       what a config said before a method, and says after it
 extension     `extend` and `load`: a method on a model or a config
 search        LongRoPE's search for factors

@@ -97,7 +97,9 @@ def find_casts(config: PreTrainedConfig, dtype: str, way: Way = "loaded", seed: 
     model = _hollow_model(config, dtype, way, device)
     forms = {rotary: recognise(rotary) for rotary in rotaries_of(model)}
     if not forms:
-        raise ValueError(f"model must have rotary position embeddings, got {type(model).__name__} without.")
+        raise ValueError(
+            f"model must have rotary position embeddings, got {type(model).__name__} without; name another model."
+        )
     sources: dict[str, dict[Rotary, RotaryForm]] = {
         "float32": forms,
         "bfloat16": {_Rounded(each.name, each.module, each.layer_type): form for each, form in forms.items()},

@@ -1,13 +1,74 @@
-"""Numbers that extension methods take, checked before anything is changed."""
+"""What is asked of an extension method, and the numbers that it takes: checked before anything is changed."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from numbers import Real
+from typing import Any
 
 from anchor_attn.masks.layout import checked_int
 
+# Beyond it powers of the base overflow, long after they mean anything.
+MOST_TIMES = 1_000_000
 
-def check_type(name: str, value: float) -> None:
+
+@dataclass(frozen=True)
+class Extension:
+    """One call of `extend`; the arguments of the same names.
+
+    Raises:
+        TypeError, ValueError: factor and target_len both given, or neither, or an invalid original length.
+    """
+
+    method: str
+    factor: float | None = None
+    target_len: int | None = None
+    original_len: int | None = None
+    layer_types: tuple[str, ...] = ("full_attention",)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.factor is not None and self.target_len is not None:
+            raise ValueError(
+                f"factor or target_len must be given, got both ({self.factor} and {self.target_len}); pass one."
+            )
+        if self.factor is None and self.target_len is None and self.method != "default":
+            raise ValueError(
+                f"factor or target_len must be given for method={self.method!r}, got none; pass factor=8, say."
+            )
+        if self.original_len is not None:
+            checked_length("original_len", self.original_len)
+
+    @property
+    def only_restores(self) -> bool:
+        """Whether nothing is asked for but RoPE as it was before any extension."""
+        return self == Extension("default", layer_types=self.layer_types)
+
+    def scale(self, length: int) -> float:
+        """How many times a length of the original is asked for.
+
+            Extension("yarn", target_len=65_536).scale(4096)      16.0
+
+        Raises:
+            TypeError, ValueError: an invalid factor or target, or a target that is not above the original.
+        """
+        if self.target_len is None:
+            return 1.0 if self.factor is None else checked_factor(self.method, self.factor)
+        least, rule = (length, "at least") if self.method == "default" else (length + 1, "above")
+        if checked_length("target_len", self.target_len) < least:
+            raise ValueError(
+                f"target_len must be {rule} the original length of {length} tokens, got {self.target_len}; raise it, "
+                "or say with original_len what the model was trained on."
+            )
+        if self.target_len > MOST_TIMES * length:
+            raise ValueError(
+                f"target_len must be at most {MOST_TIMES:,} times the original length of {length} tokens, got "
+                f"{self.target_len}; lower it."
+            )
+        return self.target_len / length
+
+
+def _check_real(name: str, value: float) -> None:
     """Raise a TypeError unless a value is a real number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}; pass one above 0.")
@@ -20,7 +81,7 @@ def checked_number(name: str, value: float) -> float:
         TypeError: not a number.
         ValueError: its value.
     """
-    check_type(name, value)
+    _check_real(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be above 0 and finite, got {value}; pass such a number.")
     return float(value)
@@ -33,9 +94,11 @@ def checked_factor(method: str, factor: float) -> float:
         TypeError: not a number.
         ValueError: its value.
     """
-    check_type("factor", factor)
+    _check_real("factor", factor)
     if not 1 < factor < math.inf and not (factor == 1 and method == "default"):
         raise ValueError(f"factor must be above 1 and finite, got {factor}; pass 8, say.")
+    if factor > MOST_TIMES:
+        raise ValueError(f"factor must be at most {MOST_TIMES:,}, got {factor}; pass 8, say.")
     return float(factor)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from anchor_attn.rope.checks import Extension
 from anchor_attn.rope.methods import (
     NEEDS_US,
     Original,
@@ -22,7 +23,6 @@ from anchor_attn.rope.methods import (
     parameters_at_run_time,
     parameters_of,
 )
-from anchor_attn.rope.request import Request
 
 RECORD = "anchor_attn_rope"
 FIELDS = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "head_dim")
@@ -43,21 +43,21 @@ LENGTHS = {
 }
 
 
-def read_original(config: PreTrainedConfig, kind: str | None = None, length: int | None = None) -> Original:
+def read_original(config: PreTrainedConfig, layer_type: str | None = None, length: int | None = None) -> Original:
     """RoPE as a model was trained with it, before any extension, also one that it was published with.
 
     Args:
         config: of a text model.
-        kind: of layer, where kinds differ.
+        layer_type: of the layers, where kinds differ.
         length: tokens it was trained on, where the config does not say.
 
     Raises:
         ValueError: no rotary positions, a rope type without a plain RoPE under it, or a length that nothing says.
     """
-    length = length or (getattr(config, RECORD, None) or {}).get("original", {}).get(str(kind))
+    length = length or (getattr(config, RECORD, None) or {}).get("original", {}).get(str(layer_type))
     config = restored(config)
     parameters = getattr(config, "rope_parameters", None)
-    parameters = parameters.get(kind) if parameters and kind is not None else parameters
+    parameters = parameters.get(layer_type) if parameters and layer_type is not None else parameters
     if not parameters or getattr(config, "layer_rope_theta", None):
         got = "with a theta for every layer" if parameters else "without"
         raise ValueError(
@@ -86,25 +86,28 @@ def read_original(config: PreTrainedConfig, kind: str | None = None, length: int
     return Original({**own, "rope_type": "default", "rope_theta": theta}, int(length or known), rotary_dim)
 
 
-def extended(config: PreTrainedConfig, asked: Request) -> PreTrainedConfig:
+def extended(config: PreTrainedConfig, asked: Extension) -> PreTrainedConfig:
     """A copy of a text model's config under a method, in a form that its own class reads back.
 
     Raises:
         TypeError, ValueError: as `extend`.
     """
     base = restored(config)
-    kinds = _kinds(base, asked.layer_types)
-    if asked == Request("default", None, None, None, asked.layer_types, {}):
+    layer_types = _checked_layer_types(base, asked.layer_types)
+    if asked.only_restores:
         return base
-    originals = {kind: read_original(config, kind, asked.original_len) for kind in kinds}
+    originals = {layer_type: read_original(config, layer_type, asked.original_len) for layer_type in layer_types}
     lengths = {original.length for original in originals.values()}
     if len(lengths) > 1:
         raise ValueError(
             f"layer_types must name layers trained on one length, got {asked.layer_types} with {sorted(lengths)}; pass "
             "original_len, or extend one kind."
         )
-    scale = asked.scale(length := lengths.pop())
-    written = {kind: parameters_of(asked.method, part, scale, asked.options) for kind, part in originals.items()}
+    length = lengths.pop()
+    scale = asked.scale(length)
+    written = {
+        layer_type: parameters_of(asked.method, part, scale, asked.options) for layer_type, part in originals.items()
+    }
     changed = copy.deepcopy(base)
     changed.max_position_embeddings = length if asked.method == "dynamic" else round(length * scale)
     if getattr(changed, "head_dim", 0) is None:  # some of transformers' functions do not look past the None
@@ -116,9 +119,9 @@ def extended(config: PreTrainedConfig, asked: Request) -> PreTrainedConfig:
         "method": asked.method,
         "factor": scale,
         "options": {name: _plain(value) for name, value in asked.options.items() if value is not None},
-        "rope_type": _rope_type(changed, kinds[0]),
+        "rope_type": parameters_at(changed, layer_types[0])["rope_type"],
         "layer_types": list(asked.layer_types),
-        "original": {str(kind): part.length for kind, part in originals.items()},
+        "original": {str(layer_type): part.length for layer_type, part in originals.items()},
         "before": {name: getattr(base, name) for name in _differing(base, changed)},
     }
     setattr(changed, RECORD, record)
@@ -155,7 +158,9 @@ def at_run_time(config: PreTrainedConfig) -> PreTrainedConfig:
     if "rope_type" in parameters:
         shown.rope_parameters = parameters_at_run_time(parameters)
     else:
-        shown.rope_parameters = {kind: part and parameters_at_run_time(part) for kind, part in parameters.items()}
+        shown.rope_parameters = {
+            layer_type: part and parameters_at_run_time(part) for layer_type, part in parameters.items()
+        }
     return shown
 
 
@@ -185,6 +190,11 @@ def _differing(config: PreTrainedConfig, changed: PreTrainedConfig) -> list[str]
     return [name for name in FIELDS if getattr(config, name, None) != getattr(changed, name, None)]
 
 
+def parameters_at(config: PreTrainedConfig, layer_type: str | None) -> Parameters:
+    """The rope parameters of one kind of layer; None for a model whose layers share them."""
+    return config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+
+
 def parts_of(config: PreTrainedConfig) -> list[Parameters]:
     """The rope parameters of every kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -192,10 +202,10 @@ def parts_of(config: PreTrainedConfig) -> list[Parameters]:
     return [part for part in parts if "rope_type" in part]
 
 
-def _kinds(config: PreTrainedConfig, layer_types: Sequence[str]) -> list[str | None]:
+def _checked_layer_types(config: PreTrainedConfig, layer_types: Sequence[str]) -> list[str | None]:
     """The kinds of layers to extend; None for a model whose layers share their frequencies."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    known = [kind for kind, part in parameters.items() if isinstance(part, dict)]
+    known = [layer_type for layer_type, part in parameters.items() if isinstance(part, dict)]
     if not known and tuple(layer_types) == ("full_attention",):
         return [None]
     if not layer_types or set(layer_types) - set(known):
@@ -222,15 +232,15 @@ def _write(
     before = config.rope_parameters
 
     def put(parameters: dict[str | None, Parameters]) -> None:
-        full = {kind: {**originals[kind].parameters, **part} for kind, part in parameters.items()}
+        full = {layer_type: {**originals[layer_type].parameters, **part} for layer_type, part in parameters.items()}
         config.rope_parameters = full.get(None, {**before, **full})
 
     put(written)
     static = method not in ("dynamic", "longrope")
     if static and not _reads_back(config):  # Phi-3 knows no type but "longrope", which takes all of them
         written = {
-            kind: as_factors(originals[kind], scale, *frequencies_of(part, originals[kind]))
-            for kind, part in written.items()
+            layer_type: as_factors(originals[layer_type], scale, *frequencies_of(part, originals[layer_type]))
+            for layer_type, part in written.items()
         }
         put(written)
     if not _reads_back(config):
@@ -246,11 +256,6 @@ def _reads_back(config: PreTrainedConfig) -> bool:
         return type(config).from_dict(config.to_dict()).rope_parameters == config.rope_parameters
     except Exception:  # each class validates in its own way
         return False
-
-
-def _rope_type(config: PreTrainedConfig, kind: str | None) -> str:
-    parameters = config.rope_parameters if kind is None else config.rope_parameters[kind]
-    return parameters.get("rope_type", "default")
 
 
 def _head_dim(config: PreTrainedConfig) -> int:

@@ -52,9 +52,10 @@ def draw_methods_figure(now: RopeNow, ratios: Mapping[str, Tensor], factor: floa
     for method, ratio in ratios.items():
         _draw_pairs(slowed, ratio, method)
         _draw_pairs(reached, theta * ratio * target_len, method)
+    present: list[Any] = []
     if now.method != "default":
-        present = now.inv_freq.double() / theta
-        slowed.plot(present.tolist(), "x", color="0.2", markersize=4, label=f"now ({now.method})")
+        ratio = now.inv_freq.double() / theta
+        present = slowed.plot(ratio.tolist(), "x", color="0.2", markersize=4, label=f"now ({now.method})")
     seen = {"color": "black", "linestyle": ":", "linewidth": 1.8}
     reached.plot((theta * original.length).tolist(), label=f"seen in training, {original.length:,} tokens", **seen)
     reached.axhline(2 * math.pi, color="0.6", linewidth=0.8)
@@ -72,10 +73,8 @@ def draw_methods_figure(now: RopeNow, ratios: Mapping[str, Tensor], factor: floa
             pairs = len(theta)
             axes.axvspan(now.unturned_pairs[0] - 0.5, pairs - 0.5, label="less than a turn in training", **UNTURNED)
             axes.set_xlim(-0.5, pairs - 0.5)
-    handles, labels = reached.get_legend_handles_labels()
-    if now.method != "default":
-        handles, labels = handles + slowed.lines[-2:-1], [*labels, f"now ({now.method})"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    handles, _ = reached.get_legend_handles_labels()
+    figure.legend(handles=[*handles, *present], loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     figure.suptitle(title, fontsize=11)
     return figure
 

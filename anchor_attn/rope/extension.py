@@ -1,5 +1,6 @@
 """Longer contexts: any extension method on a model or a config, by one call; and loading what needs our code."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,12 +10,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from anchor_attn.configs import configs_of, own_configs
-from anchor_attn.rope.configs import RECORD as RECORD
-from anchor_attn.rope.configs import adopt_config, at_run_time, extended, parts_of
-from anchor_attn.rope.configs import chooses_by_length as chooses_by_length
-from anchor_attn.rope.configs import read_original as read_original
-from anchor_attn.rope.methods import NEEDS_US, frequencies_of
-from anchor_attn.rope.request import read_request
+from anchor_attn.rope.checks import Extension
+from anchor_attn.rope.configs import RECORD, adopt_config, at_run_time, extended, parameters_at, parts_of, read_original
+from anchor_attn.rope.methods import NEEDS_US, check_options, frequencies_of
 from anchor_attn.rope.rotary import RotaryForm, adopt, keep_start, rebuilt, recognise, rotaries_of
 
 # Of `from_pretrained`, what says where the files are.
@@ -66,12 +64,14 @@ def extend(
 
     Raises:
         TypeError: no model or config of transformers, or an option that is no number.
-        ValueError: an unknown method or option, a factor that is none, a length below the original one, factors of the
+        ValueError: an unknown method or option, an invalid factor, a length below the original one, factors of the
             wrong length or falling, a config without rotary positions, or a rotary module that cannot be rebuilt;
             nothing is changed then.
     """
     config = _text_config(model_or_config)
-    changed = extended(config, read_request(method, factor, target_len, original_len, layer_types, options))
+    factor, original_len, options = _with_file(method, factor, target_len, original_len, options)
+    check_options(method, options)
+    changed = extended(config, Extension(method, factor, target_len, original_len, tuple(layer_types), options))
     if isinstance(model_or_config, PreTrainedConfig):
         adopt_config(config, changed)
         return model_or_config
@@ -101,6 +101,9 @@ def extend(
 def load(path: str | Path, **options: Any) -> PreTrainedModel:
     """A causal model from a folder or a hub, also one whose RoPE needs this package.
 
+        extend(model, "longrope", factors="factors.json").save_pretrained("longer")
+        load("longer", dtype="bfloat16")      its first n̂ positions kept, which plain transformers cannot
+
     Args:
         path: as `AutoModelForCausalLM.from_pretrained`.
         options: as `AutoModelForCausalLM.from_pretrained`.
@@ -124,6 +127,29 @@ def load(path: str | Path, **options: Any) -> PreTrainedModel:
         **record["options"],
     )
     return model
+
+
+def _with_file(
+    method: str, factor: float | None, target_len: int | None, original_len: int | None, options: dict[str, Any]
+) -> tuple[float | None, int | None, dict[str, Any]]:
+    """Factor, original length and options, with those that the file of a search says where the call says nothing."""
+    path = options.get("factors")
+    if method != "longrope" or not isinstance(path, str | Path):
+        return factor, original_len, options
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        said = {name: found.get(name) for name in ("short_factors", "n_hat", "attention_factor")}
+        factors, searched = list(found["factors"]), float(found["factor"])
+        trained_on = found.get("original_max_position_embeddings")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"factors must be the result of a search, got {str(path)!r} ({type(error).__name__}: {error}); pass the "
+            "file that anchor-attn rope search wrote, or a list of factors."
+        ) from error
+    options = {name: value for name, value in said.items() if value is not None} | options | {"factors": factors}
+    if factor is None and target_len is None:
+        factor = searched
+    return factor, trained_on if original_len is None else original_len, options
 
 
 def _text_config(model_or_config: nn.Module | PreTrainedConfig) -> PreTrainedConfig:
@@ -161,10 +187,9 @@ def _checked_forms(
         if found.layer_type is not None and found.layer_type not in layer_types:
             continue
         original = read_original(config, found.layer_type)
-        parameters = config.rope_parameters if found.layer_type is None else config.rope_parameters[found.layer_type]
         longest = 2 * original.length
         forms[found.layer_type] = recognise(found)
-        expected, scaling = frequencies_of(parameters, original, longest)
+        expected, scaling = frequencies_of(parameters_at(config, found.layer_type), original, longest)
         given, given_scaling = found.frequencies(longest)
         if not torch.equal(given, expected) or given_scaling != scaling:
             raise ValueError(

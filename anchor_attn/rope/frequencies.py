@@ -1,4 +1,4 @@
-"""Inverse frequencies of the extension methods that transformers has not, and the figures that they all share.
+"""Inverse frequencies of the extension methods that transformers lacks, and the figures that they all share.
 
     θᵢ = b^(−2i/R)     λᵢ = 2π / θᵢ     L the original length     s the factor     rᵢ = L / λᵢ, turns in L tokens
 

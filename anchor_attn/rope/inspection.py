@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from anchor_attn.rope.checks import checked_factor, checked_length
-from anchor_attn.rope.configs import RECORD, Request, read_original
+from anchor_attn.rope.configs import RECORD, parameters_at, read_original
 from anchor_attn.rope.frequencies import turns_in
 from anchor_attn.rope.methods import METHODS, NEEDS_US, Original, frequencies_of, method_frequencies
 
 # Layers of this kind are extended, where a model has kinds: sliding ones never look farther than their window.
-EXTENDED_KIND = "full_attention"
+EXTENDED_LAYER_TYPE = "full_attention"
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class RopeNow:
     original: Original
 
     @property
-    def is_extended(self) -> bool:
+    def is_extendable(self) -> bool:
         """Whether `extend` would change this kind of layer."""
-        return self.layer_type in (None, EXTENDED_KIND)
+        return self.layer_type in (None, EXTENDED_LAYER_TYPE)
 
     @property
     def turns(self) -> Tensor:
@@ -96,8 +96,10 @@ def describe_rope(config: PreTrainedConfig, original_len: int | None = None) -> 
         checked_length("original_len", original_len)
     config = config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
-    kinds: list[str | None] = [kind for kind, value in parameters.items() if isinstance(value, dict) and value]
-    return [_describe(config, kind, original_len) for kind in kinds or [None]]
+    layer_types: list[str | None] = [
+        layer_type for layer_type, value in parameters.items() if isinstance(value, dict) and value
+    ]
+    return [_describe(config, layer_type, original_len) for layer_type in layer_types or [None]]
 
 
 def compare_methods(
@@ -114,7 +116,7 @@ def compare_methods(
         By method, float64 [R/2]; and by method that has no meaning here, why.
 
     Raises:
-        ValueError: a factor that is none, or searched factors that do not fit.
+        ValueError: an invalid factor, or searched factors that do not fit.
     """
     checked_factor("linear", factor)
     ratios, left_out = {}, {}
@@ -133,18 +135,6 @@ def compare_methods(
             continue
         ratios[method] = inv_freq.double() / original.inv_freq.double()
     return ratios, left_out
-
-
-def resolve_factor(original_len: int, factor: float | None, target_len: int | None, default: float = 8.0) -> float:
-    """How many times the original length is asked for.
-
-        resolve_factor(4096, None, 65_536)      16.0
-
-    Raises:
-        ValueError: both are given, a factor that is none, or a target that is not above the original length.
-    """
-    factor = default if factor is target_len is None else factor
-    return Request("linear", factor, target_len, None, (), {}).scale(original_len)
 
 
 def list_pairs(now: RopeNow, ratios: Mapping[str, Tensor | None]) -> list[dict[str, Any]]:
@@ -184,18 +174,18 @@ def name_pairs(pairs: Sequence[int]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in stretches)
 
 
-def _describe(config: PreTrainedConfig, kind: str | None, original_len: int | None) -> RopeNow:
-    original = read_original(config, kind, original_len)
-    parameters = config.rope_parameters if kind is None else config.rope_parameters[kind]
+def _describe(config: PreTrainedConfig, layer_type: str | None, original_len: int | None) -> RopeNow:
+    original = read_original(config, layer_type, original_len)
+    parameters = parameters_at(config, layer_type)
     record = getattr(config, RECORD, None) or {}
-    written = record if str(kind) in record.get("original", {}) else {}
+    written = record if str(layer_type) in record.get("original", {}) else {}
     present_len = int(config.max_position_embeddings)
     inv_freq, attention_factor = frequencies_of(parameters, original, present_len)
     rope_type = parameters.get("rope_type", "default").removeprefix(NEEDS_US)
     factor = written.get("factor") or parameters.get("factor") or present_len / original.length
     extended = written or rope_type != "default"
     return RopeNow(
-        layer_type=kind,
+        layer_type=layer_type,
         method=written.get("method", rope_type),
         factor=float(factor) if extended else 1.0,
         present_len=present_len,

@@ -86,7 +86,7 @@ def method_frequencies(
         Inverse frequencies, float32 [R/2], and the factor on cos and sin.
 
     Raises:
-        ValueError: as `extend`.
+        TypeError, ValueError: as `extend`.
     """
     check_options(method, options)
     factor, original_len = checked_factor(method, factor), checked_length("original_len", original_len)

@@ -114,7 +114,7 @@ def rebuilt(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"model must have rotary modules that are made from a config, got {type(module).__name__}, which failed "
-            f"with {type(error).__name__}: {error}"
+            f"with {type(error).__name__}: {error}; extend its config before the model is made."
         ) from error
 
 
@@ -181,7 +181,7 @@ class StartHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The module's table, its first positions changed."""
-        position_ids, layer_type = _positions_and_type(*args, **kwargs)
+        _, position_ids, layer_type = called_with(*args, **kwargs)
         if layer_type != self._layer_type:
             return output
         if self._inv_freq.device != position_ids.device:
@@ -195,9 +195,9 @@ class StartHook:
         return tuple(torch.where(is_start[..., None], one.to(two.dtype), two) for one, two in pairs)
 
 
-def _positions_and_type(x: Any, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, str | None]:
-    """Of the arguments that transformers calls every rotary module with."""
-    return position_ids, layer_type
+def called_with(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor, str | None]:
+    """The arguments of a rotary module, by place or by name, as transformers calls it."""
+    return x, position_ids, layer_type
 
 
 def override_tables(model: nn.Module, precision: RopePrecision) -> "dict[TableHook, RemovableHandle]":

@@ -23,7 +23,7 @@ class SearchResult:
         factor: how many times the original length.
         original_max_position_embeddings: that length, in tokens.
         fitness: of these factors; lower is better.
-        fitness_of: of each start beside: "linear", "ntk", "yarn", and what else was asked for.
+        fitness_of: of each start by its name: "linear", "ntk", "yarn", and what else was asked for.
         short_factors: λ for inputs up to the original length; None before a second search, the same factors then.
         short_fitness: of these.
         short_fitness_of: of ones ("default") and of `factors` ("long") on the same short inputs.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from anchor_attn.rope.methods import METHODS, Original, frequencies_of
 from anchor_attn.rope.precision import RopePrecision, rotary_table
-from anchor_attn.rope.rotary import Rotary, RotaryForm, TableHook, in_form, recognise
+from anchor_attn.rope.rotary import Rotary, RotaryForm, TableHook, called_with, in_form, recognise
 from anchor_attn.rope.search.evolution import Individual
 
 # Lower is better.
@@ -64,7 +64,7 @@ class TrialTables:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The table for the states and the positions that the module was called with."""
-        states, position_ids, layer_type = _asked(*args, **kwargs)
+        states, position_ids, layer_type = called_with(*args, **kwargs)
         if layer_type not in self._served:
             return output
         form, original = self._served[layer_type]
@@ -79,11 +79,6 @@ class TrialTables:
             pairs = zip(start, table, strict=True)
             table = type(table)(*(torch.where(is_start, one.to(two.dtype), two) for one, two in pairs))
         return in_form(table, form)
-
-
-def _asked(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor, str | None]:
-    """The arguments that transformers calls every rotary module with."""
-    return x, position_ids, layer_type
 
 
 @contextmanager

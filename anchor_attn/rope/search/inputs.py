@@ -14,7 +14,7 @@ def checked_sequences(sequences: Sequence[Tensor] | Tensor, length: int, vocab_s
 
     Raises:
         TypeError: no integers.
-        ValueError: none, another shape, a sequence that is too short, or a token that the model has not.
+        ValueError: none, another shape, a sequence that is too short, or a token beyond the model's vocabulary.
     """
     checked = []
     for i, sequence in enumerate(sequences):

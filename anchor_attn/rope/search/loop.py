@@ -25,7 +25,14 @@ from anchor_attn.rope.search.evolution import N_HATS, Evolution, Individual, Spa
 from anchor_attn.rope.search.files import SearchResult, SearchState
 from anchor_attn.rope.search.fitness import Fitness, TrialTables, on_trial, perplexity, plant_needles
 from anchor_attn.rope.search.inputs import checked_sequences, hash_model, hash_tokens, text_config
-from anchor_attn.rope.search.setup import Task, check_extends, checked_n_hats, long_task, rotaries_to_extend, short_task
+from anchor_attn.rope.search.setup import (
+    Problem,
+    check_extends,
+    checked_n_hats,
+    long_problem,
+    rotaries_to_extend,
+    short_problem,
+)
 
 # A round may take hours: between its ends a kill costs the evaluations of so many seconds, not all of them.
 SAVE_EVERY_S = 30.0
@@ -106,10 +113,10 @@ def search_factors(
     if checked_int(rounds, "rounds") < 0:
         raise ValueError(f"rounds must be 0 or more, got {rounds}; pass 40, as the paper.")
     values = checked_n_hats(n_hats)
-    check_extends(model, factor, layer_types, original_len)
     rotaries = rotaries_to_extend(model, layer_types, original_len)
+    check_extends(model, rotaries, factor, layer_types, original_len, values)
     if short_of is None:
-        task = long_task(model, rotaries, factor, target_len, step, reach, values, attention_factor, extra_starts)
+        task = long_problem(model, rotaries, factor, target_len, step, reach, values, attention_factor, extra_starts)
     else:
         own = {
             "target_len": target_len is not None,
@@ -117,7 +124,7 @@ def search_factors(
             "attention_factor": attention_factor is not None,
             "extra_starts": bool(extra_starts),
         }
-        task = short_task(rotaries, factor, step, short_of, [name for name, is_given in own.items() if is_given])
+        task = short_problem(rotaries, factor, step, short_of, [name for name, is_given in own.items() if is_given])
     tokens = checked_sequences(sequences, task.target_len, text_config(model).vocab_size)
     measure = _fitness(fitness, tokens, seed)
     settings = {
@@ -161,7 +168,7 @@ def _name(fitness: Fitness) -> str:
 
 
 def _begun(
-    checkpoint: str | Path | None, settings: Mapping[str, Any], evolution: Evolution, task: Task, rounds: int
+    checkpoint: str | Path | None, settings: Mapping[str, Any], evolution: Evolution, task: Problem, rounds: int
 ) -> SearchState:
     """The state of a search that was begun before, or a new one."""
     if checkpoint is None or not Path(checkpoint).exists():
@@ -218,7 +225,7 @@ def _evolve(
         save()
 
 
-def _result(state: SearchState, task: Task, short_of: SearchResult | None, meta: Mapping[str, Any]) -> SearchResult:
+def _result(state: SearchState, task: Problem, short_of: SearchResult | None, meta: Mapping[str, Any]) -> SearchResult:
     best = state.ranked()[0]
     fitness, fitness_of = state.fitness[best], {name: state.fitness[start] for name, start in task.starts.items()}
     records = tuple({"at": task.at, **record} for record in state.records)

@@ -25,7 +25,7 @@ Rotaries = Sequence[tuple[Rotary, Original]]
 
 
 @dataclass(frozen=True)
-class Task:
+class Problem:
     """What is searched: from where, in which space, at which length.
 
     Attributes:
@@ -47,7 +47,7 @@ class Task:
         return self.long if self.long is not None and self.long.factors == individual.factors else individual
 
 
-def long_task(
+def long_problem(
     model: nn.Module,
     rotaries: Rotaries,
     factor: float,
@@ -57,12 +57,12 @@ def long_task(
     n_hats: Sequence[int],
     attention_factor: float | None,
     extra_starts: Sequence[str],
-) -> Task:
+) -> Problem:
     """A search for inputs beyond the original length.
 
     Raises:
-        ValueError: a length within the original one or beyond the factor, a grid without λ, no n̂ that is one, a start
-            that is none.
+        ValueError: a length within the original one or beyond the factor, a grid without λ, no n̂ below the
+            original length, an unknown start.
     """
     length = rotaries[0][1].length
     longest = round(factor * length)
@@ -83,10 +83,12 @@ def long_task(
         starts = {name: replace(start, attention_factor=fixed) for name, start in starts.items()}
     scalings = tuple(sorted({start.attention_factor for start in starts.values()}))
     space = Space(reach * factor, step, values, scalings)
-    return Task("long", starts, space, target_len)
+    return Problem("long", starts, space, target_len)
 
 
-def short_task(rotaries: Rotaries, factor: float, step: float, found: SearchResult, ignored: Sequence[str]) -> Task:
+def short_problem(
+    rotaries: Rotaries, factor: float, step: float, found: SearchResult, ignored: Sequence[str]
+) -> Problem:
     """A search for inputs up to the original length, beside a result for longer ones.
 
     Raises:
@@ -108,7 +110,7 @@ def short_task(rotaries: Rotaries, factor: float, step: float, found: SearchResu
     long = Individual(tuple(found.factors), found.n_hat, found.attention_factor)
     ones = Individual((1.0,) * len(long.factors), 0, long.attention_factor)
     space = Space(max(long.factors), step, (0,), (long.attention_factor,))
-    return Task("short", {"default": ones, "long": replace(long, n_hat=0)}, space, original.length, long)
+    return Problem("short", {"default": ones, "long": replace(long, n_hat=0)}, space, original.length, long)
 
 
 def rotaries_to_extend(model: nn.Module, layer_types: Sequence[str], original_len: int | None) -> Rotaries:
@@ -148,7 +150,14 @@ def checked_n_hats(n_hats: Sequence[int]) -> tuple[int, ...]:
     return values
 
 
-def check_extends(model: nn.Module, factor: float, layer_types: Sequence[str], original_len: int | None) -> None:
+def check_extends(
+    model: nn.Module,
+    rotaries: Rotaries,
+    factor: float,
+    layer_types: Sequence[str],
+    original_len: int | None,
+    n_hats: Sequence[int],
+) -> None:
     """Raise, before days of search, what `extend` would raise of any result."""
     config = text_config(model)
     if any("mscale_all_dim" in part for part in parts_of(config)):
@@ -156,10 +165,17 @@ def check_extends(model: nn.Module, factor: float, layer_types: Sequence[str], o
             f"model must scale its scores by no method, got {type(model).__name__} with mscale_all_dim, which `extend` "
             'takes off its layers; call extend(model, "default") first.'
         )
-    kinds = [rotary.layer_type for rotary, _ in rotaries_to_extend(model, layer_types, original_len)]
-    pairs = read_original(config, kinds[0], original_len).rotary_dim // 2
-    copied, ones = copy.deepcopy(config), [1.0] * pairs
+    ones = [1.0] * (rotaries[0][1].rotary_dim // 2)
+    copied = copy.deepcopy(config)
     extend(copied, "longrope", factor, original_len=original_len, layer_types=layer_types, factors=ones)
+    if max(n_hats) > 0:
+        try:
+            extend(copied, "longrope", factor, layer_types=layer_types, factors=ones, n_hat=max(n_hats))
+        except ValueError as error:
+            raise ValueError(
+                f"n_hats must be (0,) for {type(model).__name__}, whose config holds no n̂, got {tuple(n_hats)}; "
+                "pass n_hats=(0,), on the command line --no-n-hat."
+            ) from error
 
 
 def long_starts(
