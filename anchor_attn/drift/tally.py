@@ -1,0 +1,131 @@
+"""Sums over many pairs of a query and a key, by distance, by key and by head.
+
+    bins    0    1    2–3    4–7    8–15    …
+
+Of distances and of keys alike, so that the first token stands alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Powers of two below a size; the attribute holds where each begins, and the size behind."""
+
+    edges: tuple[int, ...]
+
+    @classmethod
+    def below(cls, size: int) -> "Bins":
+        """The bins of 0 … size − 1."""
+        powers = [2**power for power in range(size.bit_length()) if 2**power < size]
+        return cls((0, *powers, size))
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+    def bounds(self) -> Iterator[tuple[int, int]]:
+        """First and last of every bin."""
+        return ((low, high - 1) for low, high in zip(self.edges, self.edges[1:], strict=False))
+
+    def place(self, values: Tensor) -> Tensor:
+        """The bin of every value, int64 of the same shape."""
+        return torch.bucketize(values, torch.tensor(self.edges[1:-1], device=values.device), right=True)
+
+
+class Sums:
+    """Count, sum, sum of squares and largest of magnitudes, in bins; float64 [N] each."""
+
+    def __init__(self, bins: int) -> None:
+        self.count, self.total, self.squares, self.largest = torch.zeros(4, bins, dtype=torch.float64)
+
+    def add(self, bins: slice, count: Tensor | float, total: Tensor, squares: Tensor, largest: Tensor) -> None:
+        """Add what was summed elsewhere to some of the bins."""
+        self.count[bins] += count
+        self.total[bins] += total
+        self.squares[bins] += squares
+        self.largest[bins] = torch.maximum(self.largest[bins], largest)
+
+
+class Pairs:
+    """The pairs of a block of queries with all keys that can see each other, and where each belongs.
+
+    Args:
+        visible: bool [Q, K].
+        rows: the queries' places, int64 [Q].
+        distances: bins of a query's place less a key's.
+        keys: bins of a key's place.
+    """
+
+    def __init__(self, visible: Tensor, rows: Tensor, distances: Bins, keys: Bins) -> None:
+        self.visible = visible
+        self.keys = keys
+        self._per_key = visible.sum(dim=0).double()
+        apart = (rows[:, None] - torch.arange(visible.shape[1], device=rows.device))[visible]
+        places = distances.place(apart)
+        self._order = torch.argsort(places, stable=True)
+        self._per_distance = torch.bincount(places, minlength=len(distances))
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return int(self._per_distance.sum())
+
+    def tally(self, magnitudes: Tensor, heads: slice, tallies: "Tallies") -> None:
+        """Add the magnitudes of one block.
+
+        Args:
+            magnitudes: float64 [h, Q, K], zero where nothing is visible.
+            heads: which of the heads they are.
+            tallies: to add to.
+        """
+        squares = magnitudes.square()
+        by_head = tallies.by["head"]
+        by_head.add(heads, self.count, magnitudes.sum((1, 2)), squares.sum((1, 2)), magnitudes.amax((1, 2)))
+        if not tallies.is_detailed:
+            return
+        h = magnitudes.shape[0]
+        columns = magnitudes.sum((0, 1)), squares.sum((0, 1)), magnitudes.amax((0, 1))
+        for place, (low, high) in enumerate(self.keys.bounds()):
+            part = slice(low, high + 1)
+            total, square, largest = (column[part] for column in columns)
+            tallies.by["key"].add(
+                slice(place, place + 1), h * self._per_key[part].sum(), total.sum(), square.sum(), largest.max()
+            )
+        sorted_pairs = magnitudes[:, self.visible][:, self._order]
+        for place, part in enumerate(sorted_pairs.split(self._per_distance.tolist(), dim=1)):
+            if part.shape[1]:
+                tallies.by["distance"].add(
+                    slice(place, place + 1), part.numel(), part.sum(), part.square().sum(), part.max()
+                )
+
+
+class Tallies:
+    """Sums by head, and where they are detailed by distance and by key."""
+
+    def __init__(self, heads: int, distances: Bins, keys: Bins, is_detailed: bool) -> None:
+        self.is_detailed = is_detailed
+        self.by = {"head": Sums(heads)}
+        if is_detailed:
+            self.by |= {"distance": Sums(len(distances)), "key": Sums(len(keys))}
+
+    def overall(self) -> Sums:
+        """All of it in one bin."""
+        return gather_sums(self.by["head"], [slice(None)])
+
+
+def gather_sums(sums: Sums, groups: Sequence[slice]) -> Sums:
+    """Sums of groups of bins."""
+    gathered = Sums(len(groups))
+    for place, group in enumerate(groups):
+        gathered.add(
+            slice(place, place + 1),
+            sums.count[group].sum(),
+            sums.total[group].sum(),
+            sums.squares[group].sum(),
+            sums.largest[group].max(),
+        )
+    return gathered
