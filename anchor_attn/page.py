@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,18 @@ th:first-child, td:first-child { text-align: left } figure { margin: 1.2rem 0 }
 img { max-width: 100%; background: #fff; border-radius: 6px } figcaption { opacity: .75; font-size: .9rem }
 pre { background: var(--faint); padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem }
 """
+
+
+def require_matplotlib(subject: str = "a picture") -> None:
+    """Raise where nothing can be drawn: before the work that would be shown, rather than after it.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        import_module("matplotlib.figure")
+    except ImportError as missing:
+        raise ImportError(f"{subject} needs matplotlib; pip install 'anchor-attn[plots]'.") from missing
 
 
 class Page:

@@ -2,18 +2,19 @@
 
 import csv
 import json
-import math
+import logging
 import re
 import sys
 
 import pytest
 import torch
 from families import tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
 from transformers.models.llama import modeling_llama
 
 from anchor_attn.cli import main, rope_input
-from anchor_attn.rope import METHODS, casts, draw, extend, inspection
+from anchor_attn.cli.options import by_options, errors_by_options
+from anchor_attn.rope import METHODS, casts, draw, extend, inspection, method_frequencies
 from anchor_attn.rope.casts import equal_policies, find_casts
 from anchor_attn.rope.inspection import compare_methods, describe_rope, list_pairs, name_pairs
 from anchor_attn.rope.methods import Original
@@ -167,7 +168,7 @@ def test_no_number_is_cut_short_in_a_narrow_terminal(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     _, out, _ = run()
 
-    assert "54,410.1  0.08 *   0.125" in out
+    assert "54,410.1 0.08 *  0.125" in out
 
 
 def test_without_matplotlib_all_but_the_picture_is_written(run_whole, monkeypatch, tmp_path):
@@ -175,41 +176,44 @@ def test_without_matplotlib_all_but_the_picture_is_written(run_whole, monkeypatc
     code, out, _ = run_whole()
 
     assert code == 0
-    assert "No picture: pip install matplotlib." in out
+    assert "No picture: a picture needs matplotlib; pip install 'anchor-attn[plots]'." in out
+    assert "Written: runs/rope/rope.json, runs/rope/rope.csv\n" in out
     assert not (tmp_path / "runs" / "rope" / "rope.png").exists()
 
 
 # --- pairs and methods -----------------------------------------------------------------------------------------------
 
 
-def test_ratios_are_the_closed_forms():
-    original = Original({"rope_type": "default", "rope_theta": 10_000.0}, 4096, 128)
-    ratios, left_out = compare_methods(original, 8.0)
-    pair = torch.arange(64, dtype=torch.float64)
-    turns = 4096 * 10_000.0 ** (-pair / 64) / (2 * math.pi)
-    kept = ((turns - 1) / 31).clamp(0, 1)
+def test_all_methods_are_compared_and_longrope_only_with_factors():
+    (now,) = describe_rope(llama_2())
+    searched = {"factors": [2.0] * 64, "n_hat": 4, "attention_factor": 1.25}
 
-    def close(method, expected):
-        torch.testing.assert_close(ratios[method], expected, rtol=1e-6, atol=0)
+    assert [*compare_methods(now.original, 8.0)[0]] == [method for method in METHODS if method != "longrope"]
+    assert [*compare_methods(now.original, 8.0, searched)[0]] == [*METHODS]
 
-    assert not left_out
-    assert list(ratios) == [method for method in METHODS if method != "longrope"]
-    close("default", torch.ones(64, dtype=torch.float64))
-    close("linear", torch.full((64,), 1 / 8, dtype=torch.float64))
-    close("ntk", 8.0 ** (-2 * pair / 126))
-    close("dynamic", (8.0 * 8 - 7) ** (-2 * pair / 126))
-    close("ntk_by_parts", (1 - kept) / 8 + kept)
-    close("yarn_paper", (1 - kept) / 8 + kept)
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_compared_is_what_the_method_gives_at_the_longer_length(method):
+    (now,) = describe_rope(llama_2())
+    searched = {"factors": [2.0] * 64, "n_hat": 4, "attention_factor": 1.25}
+    options = searched if method == "longrope" else {}
+    inv_freq, attention_factor = method_frequencies(method, 10_000.0, 128, 4096, 8.0, 32_768, **options)
+    found = compare_methods(now.original, 8.0, searched)[0][method]
+
+    torch.testing.assert_close(found.ratio * now.original.inv_freq, inv_freq.double(), rtol=1e-15, atol=0)
+    assert (found.attention_factor, found.n_hat) == (attention_factor, options.get("n_hat", 0))
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in ("longrope", "dynamic")])
 def test_ratios_are_those_of_an_extended_model(method):
     model = AutoModelForCausalLM.from_config(llama_2())
     (now,) = describe_rope(model.config)
-    ratio = compare_methods(now.original, 8.0)[0][method]
+    rope = compare_methods(now.original, 8.0)[0][method]
     (rotary,) = rotaries_of(extend(model, method, *((8.0,) if method != "default" else ())))
 
-    torch.testing.assert_close(rotary.frequencies()[0] / now.original.inv_freq, ratio.float(), rtol=2e-7, atol=0)
+    inv_freq, attention_factor = rotary.frequencies()
+    torch.testing.assert_close(inv_freq / now.original.inv_freq, rope.ratio.float(), rtol=2e-7, atol=0)
+    assert attention_factor == rope.attention_factor
 
 
 def test_a_pair_turns_once_in_its_wavelength():
@@ -219,25 +223,72 @@ def test_a_pair_turns_once_in_its_wavelength():
     assert now.unturned_pairs == list(range(46, 64))
 
 
-def test_searched_factors_stand_beside_the_methods(run, tmp_path):
-    factors = [1.0 + pair / 63 for pair in range(64)]
-    write_result(tmp_path / "factors.json", factors, factor=2.0)
-    code, _, _ = run("--factors", "factors.json")
+RISING = [1.0 + pair / 63 for pair in range(64)]
+
+
+@pytest.mark.parametrize("asked", [(), ("--factor", "2"), ("--target-len", "8192")], ids=" ".join)
+def test_searched_factors_stand_beside_the_methods_at_their_own_factor(run, tmp_path, asked):
+    factors = RISING
+    write_result(tmp_path / "factors.json", factors, n_hat=4, attention_factor=1.25)
+    code, out, _ = run("--factors", "factors.json", *asked)
     found = content(tmp_path / "runs" / "rope")
 
     assert code == 0
-    assert found["meta"]["factor"] == 2
+    assert (found["meta"]["factor"], found["meta"]["factors"]) == (2, "factors.json")
+    assert found["meta"]["methods"]["longrope"] == {"attention_factor": 1.25, "n_hat": 4}
+    assert (
+        "longrope: factors.json, 2 × 4,096 tokens: λ from 1.00 to 2.00 over 64 pairs, n̂ 4, cos and sin × 1.2500\n"
+    ) in out
     for record, factor in zip(found["records"], factors, strict=True):
         assert record["longrope"] == pytest.approx(1 / factor, rel=1e-6)
 
 
+def test_factors_of_another_factor_or_length_are_refused_and_nothing_is_written(run, tmp_path):
+    write_result(tmp_path / "factors.json", RISING)
+    folder = tmp_path / "runs" / "rope"
+    for asked in (("--factor", "4"), ("--target-len", "8193"), ("--original-len", "2048")):
+        code, out, err = run("--factors", "factors.json", *asked)
+
+        assert (code, out, err.count("\n"), list(folder.iterdir())) == (2, "", 1, [])
+
+
+def test_a_longer_context_by_length_and_its_search_by_length_are_the_same_factor(run, tmp_path):
+    """6,001 tokens are 1.46508… times 4,096."""
+    write_result(tmp_path / "factors.json", RISING, factor=6001 / 4096)
+
+    assert run("--factors", "factors.json", "--target-len", "6001")[0] == 0
+
+
+def test_the_factor_on_cos_and_sin_tells_methods_of_the_same_ratios_apart(run, tmp_path):
+    _, out, _ = run("--factor", "16")
+    found = content(tmp_path / "runs" / "rope")
+    columns = next(line.split() for line in out.splitlines() if line.startswith("pair"))
+    foot = next(line.split() for line in out.splitlines() if line.strip().startswith("cos, sin ×"))
+
+    assert all(record["ntk_by_parts"] == record["yarn_paper"] for record in found["records"])
+    assert found["meta"]["methods"]["ntk_by_parts"] == {"attention_factor": 1.0, "n_hat": 0}
+    assert round(found["meta"]["methods"]["yarn_paper"]["attention_factor"], 4) == 1.2773
+    shown = dict(zip(columns[3:], foot[3:], strict=True))
+    assert shown == {
+        "linear": "1.000", "ntk": "1.000", "dynamic": "1.000", "_parts": "1.000", "yarn": "1.277", "_paper": "1.277",
+        "llama3": "1.000",
+    }  # fmt: skip
+
+
+def test_the_tables_of_a_plain_model_fit_80_columns(run):
+    _, out, _ = run()
+    table = out[out.index("θ'/θ by each") : out.index("Written")].splitlines()
+
+    assert max(map(len, table)) <= 80
+
+
 def test_what_has_no_meaning_for_a_model_is_left_out_with_its_reason():
     original = Original({"rope_type": "default", "rope_theta": 10_000.0}, 64, 2)
-    ratios, left_out = compare_methods(original, 8.0)
+    under, left_out = compare_methods(original, 8.0)
 
     assert set(left_out) == {"ntk", "dynamic"}
     assert "rotary_dim must be above 2" in left_out["ntk"]
-    assert "linear" in ratios
+    assert "linear" in under
 
 
 def test_pairs_are_named_by_stretches():
@@ -249,16 +300,19 @@ def test_the_picture_has_a_line_for_every_method_on_both_sides():
     from anchor_attn.rope.draw import draw_methods_figure
 
     (now,) = describe_rope(extend(llama_2(), "linear", 2))
-    ratios, _ = compare_methods(now.original, 8.0, [1.0] * 64)
-    figure = draw_methods_figure(now, ratios, 8.0, "a title")
+    under, _ = compare_methods(now.original, 8.0, {"factors": [1.0] * 64, "attention_factor": 1.0})
+    figure = draw_methods_figure(now, under, 8.0, "a title")
     slowed, reached = figure.axes
     drawn = {line.get_label(): line for line in reached.lines}
+    scaled = {"yarn": "yarn (cos, sin × 1.208)", "yarn_paper": "yarn_paper (cos, sin × 1.208)"}
 
-    assert set(METHODS) <= {line.get_label() for line in slowed.lines}
-    assert set(METHODS) <= set(drawn)
+    labels = {scaled.get(method, method) for method in METHODS}
+    assert labels <= {line.get_label() for line in slowed.lines}
+    assert labels <= set(drawn)
+    assert labels <= {text.get_text() for text in figure.legends[0].get_texts()}
     assert drawn["default"].get_ydata()[0] == pytest.approx(8 * 4096)
     assert drawn["linear"].get_ydata()[0] == pytest.approx(4096)
-    assert "now (linear)" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "now: linear" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 # --- casts -----------------------------------------------------------------------------------------------------------
@@ -390,8 +444,8 @@ def test_the_numbers_of_the_documentation_are_those_of_today():
     )
 
     (now,) = describe_rope(llama_2())
-    ratios, _ = compare_methods(now.original, 8.0)
-    records = list_pairs(now, ratios)
+    under, _ = compare_methods(now.original, 8.0)
+    records = list_pairs(now, under)
     rows = [line.split() for line in str(inspection.__doc__).splitlines() if re.match(r" +\d+ +[\d,.]+ ", line)]
     assert len(rows) == 3
     for pair, wavelength, turns, *shown in rows:
@@ -403,10 +457,10 @@ def test_the_numbers_of_the_documentation_are_those_of_today():
 # --- the search ------------------------------------------------------------------------------------------------------
 
 
-def write_result(path, factors, factor=2.0, length=4096):
+def write_result(path, factors, factor=2.0, length=4096, n_hat=0, attention_factor=1.0):
     SearchResult(
-        factors=tuple(factors), n_hat=0, attention_factor=1.0, factor=factor, original_max_position_embeddings=length,
-        fitness=1.0, fitness_of={},
+        factors=tuple(factors), n_hat=n_hat, attention_factor=attention_factor, factor=factor,
+        original_max_position_embeddings=length, fitness=1.0, fitness_of={},
     ).write(path)  # fmt: skip
 
 
@@ -464,7 +518,7 @@ def test_a_search_that_was_begun_is_not_gone_on_with_unasked(run, text):
 
     assert code == 2
     assert err.startswith(
-        "anchor-attn: out must be without a search that was begun, got 'runs/rope-search/search.json'"
+        "anchor-attn: --out must be without a search that was begun, got 'runs/rope-search/search.json'"
     )
 
 
@@ -531,23 +585,46 @@ def test_a_seed_draws_other_sequences(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model", "no/such/folder"], r"model must be llama-2, one of tiny, laptop, small, a config file"),
-        (["--model", "broken.json"], r"model must be llama-2, one of tiny, laptop, small, a config file"),
-        (["--model", "gpt2.json"], r"config must have rotary positions"),
-        (["--model", "linear.json"], r"original_len must be given"),
-        (["--factor", "1"], r"factor must be above 1 and finite, got 1"),
-        (["--factor", "nan"], r"factor must be above 1 and finite, got nan"),
-        (["--factor", "inf"], r"factor must be above 1 and finite, got inf"),
+        (["--model", "no/such/folder"], r"--model must be llama-2, one of tiny, laptop, small, a config file"),
+        (["--model", "broken.json"], r"--model must be llama-2, one of tiny, laptop, small, a config file"),
+        (["--model", "gpt2.json"], r"--model must have rotary positions"),
+        (["--model", "linear.json"], r"--original-len must be given"),
+        (["--factor", "1"], r"--factor must be above 1 and finite, got 1"),
+        (["--factor", "nan"], r"--factor must be above 1 and finite, got nan"),
+        (["--factor", "inf"], r"--factor must be above 1 and finite, got inf"),
         (["--factor", "many"], r"Invalid value for '--factor'"),
-        (["--factor", "2", "--target-len", "8192"], r"factor or target_len must be given, got both"),
-        (["--target-len", "4096"], r"target_len must be above the original length of 4096 tokens, got 4096"),
-        (["--original-len", "0"], r"original_len must be"),
-        (["--factors", "missing.json"], r"factors must be the file of a search, got 'missing.json'"),
-        (["--factors", "gpt2.json"], r"path must be the result of a search"),
-        (["--factors", "short.json"], r"factors must hold a factor for each of 64 pairs, got 3"),
-        (["--device", "tpu"], r"device must be cpu or cuda, got 'tpu'"),
-        (["--seed", "-1"], r"seed must lie between 0 and"),
-        (["--out", "gpt2.json"], r"out must be a folder that can be written"),
+        (["--factor", "2", "--target-len", "8192"], r"--factor or --target-len must be given, got both"),
+        (["--target-len", "4096"], r"--target-len must be above the original length of 4096 tokens, got 4096"),
+        (["--original-len", "0"], r"--original-len must be"),
+        (
+            ["--factors", "missing.json"],
+            r"--factors must be the factors.json of a search, got 'missing.json' \(No such file",
+        ),
+        (
+            ["--factors", "gpt2.json"],
+            r"--factors must be the factors.json of a search, got 'gpt2.json' \(another file\); run anchor",
+        ),
+        (
+            ["--factors", "whole.json", "--factor", "4"],
+            r"--factor must be the 2 that the factors were searched for, got 4; leave it out, or run anchor-attn rope "
+            r"search --factor 4\.$",
+        ),
+        (
+            ["--factors", "whole.json", "--target-len", "16384"],
+            r"--target-len must be the 8,192 tokens that the factors were searched for, got 16,384; leave it out, or",
+        ),
+        (
+            ["--factors", "whole.json", "--original-len", "2048"],
+            r"--original-len must be the 4,096 tokens that the factors were searched from, got 2,048; pass --original",
+        ),
+        (
+            ["--factors", "huge.json"],
+            r"--factors must be the factors.json of a search, got 'huge.json' \(another",
+        ),
+        (["--factors", "short.json"], r"--factors must hold a factor for each of 64 pairs, got 3"),
+        (["--device", "tpu"], r"--device must be cpu or cuda, got 'tpu'"),
+        (["--seed", "-1"], r"--seed must lie between 0 and"),
+        (["--out", "gpt2.json"], r"--out must be a folder that can be written"),
         (["nonsense"], r"No such command 'nonsense'"),
         (
             ["--factor", "4", "search"],
@@ -555,26 +632,26 @@ def test_a_seed_draws_other_sequences(tmp_path):
         ),
         (["search"], r"Missing option '--model'"),
         (["search", "--model", "tiny"], r"Missing option '--text'"),
-        (SEARCH, r"factor or target_len must be given, got none"),
+        (SEARCH, r"--factor or --target-len must be given, got none"),
         (
             ["search", "--model", "no/such/folder", "--text", "t.txt", "--factor", "2"],
-            r"model must be one of tiny, laptop",
+            r"--model must be one of tiny, laptop",
         ),
-        (["search", "--model", "tiny", "--text", "no.txt", "--factor", "2"], r"source must be 'stdlib'"),
+        (["search", "--model", "tiny", "--text", "no.txt", "--factor", "2"], r"--text must be 'stdlib'"),
         (
             [*SEARCH, "--factor", "2"],
-            r"text must hold 5 sequences of 512 tokens",
+            r"--text must hold 5 sequences of 512 tokens",
         ),
-        ([*SEARCH, "--factor", "1"], r"factor must be above 1"),
+        ([*SEARCH, "--factor", "1"], r"--factor must be above 1"),
         (
             [*SEARCH, "--factor", "2", "--sequences", "0"],
-            r"sequences must be at",
+            r"--sequences must be at",
         ),
         (
             [*SEARCH, "--factor", "2", "--fitness", "bleu"],
-            r"fitness must be perp",
+            r"--fitness must be perp",
         ),
-        ([*SEARCH, "--factor", "2", "--dtype", "int8"], r"dtype must be one of"),
+        ([*SEARCH, "--factor", "2", "--dtype", "int8"], r"--dtype must be one of"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -586,10 +663,108 @@ def test_bad_input_is_one_line_and_exit_code_2(run, saved, tmp_path, arguments, 
         LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, **NARROW), "linear.json"
     )
     write_result(tmp_path / "short.json", [1.0, 1.5, 2.0])
+    write_result(tmp_path / "whole.json", RISING)
+    write_result(tmp_path / "huge.json", RISING, factor=0.5)
     code, out, err = run(*arguments)
 
     assert (code, out) == (2, "")
-    last = err.splitlines()[-1]
-    assert last.startswith("anchor-attn: ")
-    assert "Traceback" not in err
-    assert re.search(said, last), last
+    (line,) = err.splitlines()
+    assert re.match(f"anchor-attn: {said}", line), line
+
+
+OPTIONS = ("factor", "factors", "target_len", "original_len", "model", "text")
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("factor must be above 1, got 0; pass 8.", "--factor must be above 1, got 0; pass 8."),
+        ("factor or target_len must be given; pass factor=8, say.", "--factor or --target-len must be given; pass "
+         "--factor 8, say."),
+        ("factors[3] must be above 0, got -1; pass more.", "--factors[3] must be above 0, got -1; pass more."),
+        ("factors must hold a factor a pair of the model, got text.", "--factors must hold a factor a pair of the "
+         "model, got text."),
+        ("target_len must be longer; say original_len.", "--target-len must be longer; say --original-len."),
+        ("config must be another; pass one.", "--model must be another; pass one."),
+        ("every factor must be a number.", "every factor must be a number."),
+        ("--factor must stand behind it; write rope search --factor.", "--factor must stand behind it; write rope "
+         "search --factor."),
+        ("a model without that word", "a model without that word"),
+    ],
+)  # fmt: skip
+def test_an_error_names_options_and_leaves_words_alone(message, said):
+    assert by_options(message, [*OPTIONS, "config"]) == said
+    assert by_options(said, [*OPTIONS, "config"]) == said
+
+
+def test_a_command_keeps_the_kind_of_its_errors_and_those_that_name_no_option():
+    unread = json.JSONDecodeError("no json", "{", 0)
+
+    @errors_by_options
+    def command(error: Exception, seed: int = 0) -> None:
+        raise error
+
+    for error, expected in (
+        (TypeError("seed must be a number."), TypeError("--seed must be a number.")),
+        (ValueError("seed must be above 0."), ValueError("--seed must be above 0.")),
+        (FileNotFoundError("seed must be there."), OSError("--seed must be there.")),
+        (RuntimeError("seed must be there."), RuntimeError("seed must be there.")),
+        (unread, unread),
+    ):
+        with pytest.raises(type(expected)) as raised:
+            command(error)
+        assert (type(raised.value), str(raised.value)) == (type(expected), str(expected))
+
+
+# What huggingface_hub says where there is no network.
+ATTEMPTS = (
+    "'[Errno -2] Name or service not known' thrown while requesting HEAD https://huggingface.co/a/b/config.json",
+    "Retrying in 1s [Retry 1/5].",
+)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that answers nobody, and the lines that its client has said."""
+    logger, lines = logging.getLogger("huggingface_hub.utils._http"), []
+
+    class Lines(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    def unreachable(*_, **__):
+        for line in (*ATTEMPTS, "a warning of the hub"):
+            logger.warning(line)
+        raise OSError("We couldn't connect")
+
+    handler = Lines()
+    logger.addHandler(handler)
+    for loader in (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig):
+        name = "get_config_dict" if loader is PreTrainedConfig else "from_pretrained"
+        monkeypatch.setattr(loader, name, unreachable)
+    yield unreachable, lines
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--model", "some/model"),
+        ("search", "--model", "some/model", "--text", "t.txt", "--factor", "2"),
+        ("search", "--model", "tiny", "--text", "t.txt", "--factor", "2", "--tokenizer", "some/model"),
+    ],
+    ids=("config", "model", "tokenizer"),
+)
+def test_attempts_to_reach_the_hub_are_not_said_but_its_warnings_are(run, hub, tmp_path, arguments):
+    unreachable, lines = hub
+    (tmp_path / "t.txt").write_text("a short text")
+    code, _, err = run(*arguments)
+
+    assert code == 2
+    assert "must be" in err.splitlines()[-1]
+    assert set(lines) == {"a warning of the hub"}
+
+    lines.clear()  # and outside of the command all is as it was
+    with pytest.raises(OSError, match="connect"):
+        unreachable()
+    assert lines == [*ATTEMPTS, "a warning of the hub"]

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from anchor_attn.masks import PackedLayout
 from anchor_attn.page import Page
 from anchor_attn.results import write_csv, write_json, write_jsonl
-from anchor_attn.train import pack_documents, report
+from anchor_attn.train import pack_documents
 from anchor_attn.train.compare import Result
 from anchor_attn.train.report import HEADER, findings, table_rows, write_report
 
@@ -100,7 +101,7 @@ def test_the_page_holds_its_pictures_and_asks_nothing_of_a_network(tmp_path):
 
 
 def test_without_matplotlib_the_report_names_the_install_command_before_training(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"the report needs matplotlib; pip install 'anchor-attn\[plots\]'"):
         write_report(result_of(1), tmp_path)
 

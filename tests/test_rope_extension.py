@@ -2,21 +2,25 @@
 
 import copy
 import json
+import logging
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from families import each_family, state_of, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from anchor_attn import PackedLayout, check_isolation, unwrap, wrap
 from anchor_attn.configs import configs_of
 from anchor_attn.hf import is_wrapped
 from anchor_attn.rope import METHODS, chooses_by_length, extend, load, method_frequencies
 from anchor_attn.rope.configs import RECORD, read_original
+from anchor_attn.rope.methods import LONGROPE_WITH_START
 from anchor_attn.rope.rotary import rotaries_of
 from anchor_attn.train.run import Arm, RunSpec, run_arm
 
@@ -66,6 +70,16 @@ def options_of(method, config):
 
 def small(family, dtype=torch.float32, **options):
     return tiny_model(family, dtype, **{**MORE_PAIRS.get(family, {}), **options})
+
+
+def small_config(family):
+    return tiny_config(family, **MORE_PAIRS.get(family, {}))
+
+
+def with_weights_of(one, two):
+    """The second model with the weights of the first."""
+    two.load_state_dict(one.state_dict())
+    return two
 
 
 def extended(model, method, factor=12, **options):
@@ -464,8 +478,61 @@ def test_n_hat_is_kept_by_load_and_refused_by_plain_transformers(family, tmp_pat
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert loaded.config.rope_parameters == model.config.rope_parameters
     assert getattr(loaded.config, RECORD) == getattr(model.config, RECORD)
-    with pytest.raises(KeyError, match="needs_anchor_attn_longrope"):
+    with pytest.raises(ValueError, match="needs_anchor_attn_longrope"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@every_family
+def test_no_model_is_built_from_a_config_that_frequencies_do_not_say(family, monkeypatch):
+    """Its first positions would be wrong, and nothing would say so. What raises says how to, where we were used."""
+    config = small_config(family)
+    factors = [1.5] * pairs_of(config)
+    if family in ("phi3", "phimoe"):
+        with pytest.raises(ValueError, match=r"^method must be one that Phi\w+Config can hold, got 'longrope', which"):
+            extend(config, "longrope", 4, factors=factors, n_hat=4)
+        return
+    extend(config, "longrope", 4, factors=factors, n_hat=4)
+
+    def build():
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+    with pytest.raises(ValueError, match=rf"^config must have RoPE .* got {type(config).__name__} with 'needs_anchor"):
+        build()
+    monkeypatch.delitem(ROPE_INIT_FUNCTIONS, LONGROPE_WITH_START)
+    with pytest.raises(KeyError, match=LONGROPE_WITH_START):
+        build()
+
+
+def test_the_way_that_such_a_config_names_leads_to_its_model():
+    config = extend(tiny_config("llama"), "longrope", 4, factors=[2.0, 3, 4, 5], n_hat=N_HAT, attention_factor=1.0)
+    with pytest.raises(ValueError, match=r"; extend\(config, 'default'\) first and extend the model, or read a checkp"):
+        AutoModelForCausalLM.from_config(config)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(extend(copy.deepcopy(config), "default")).eval()
+    extend(model, "longrope", 4, factors=[2.0, 3, 4, 5], n_hat=N_HAT, attention_factor=1.0)
+
+    assert model.config.rope_parameters == config.rope_parameters
+    assert torch.equal(logits_of(model), logits_of(with_weights_of(model, with_start())))
+
+
+def test_transformers_notes_nothing_of_our_type_and_all_of_others(tmp_path):
+    notes = []
+    log = logging.getLogger("transformers.modeling_rope_utils")
+    handler = logging.Handler()
+    handler.emit = lambda record: notes.append(record.getMessage())
+    log.addHandler(handler)
+    try:
+        with_start().save_pretrained(tmp_path)
+        config = load(tmp_path).config
+        config.validate()
+        assert notes == []
+        config.rope_parameters["rope_type"] = "of_others"
+        config.validate()
+    finally:
+        log.removeHandler(handler)
+
+    assert notes == ["Missing validation function in 'RotaryEmbeddingConfigMixin' for 'rope_type'='of_others'"]
 
 
 def test_load_reads_other_checkpoints_as_transformers_does(tmp_path):
@@ -566,16 +633,18 @@ def test_every_method_loads_in_plain_transformers_with_equal_frequencies(tmp_pat
             model.save_pretrained(tmp_path / f"{family}-{method}")
             rotary = model.model.rotary_emb
             buffers = {name: buffer.clone() for name, buffer in rotary.named_buffers()}
-            scalings = {name: value for name, value in vars(rotary).items() if name.endswith("attention_scaling")}
+            attention_factors = {
+                name: value for name, value in vars(rotary).items() if name.endswith("attention_scaling")
+            }
             rotary(torch.zeros(1), torch.arange(500)[None], *(["full_attention"] if family == "gemma3_text" else []))
             buffers |= {f"long {name}": buffer for name, buffer in rotary.named_buffers()}
-            kept[f"{family}-{method}"] = buffers, scalings
+            kept[f"{family}-{method}"] = buffers, attention_factors
     subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path)], check=True)
     found = torch.load(tmp_path / "found.pt")
 
     assert found.keys() == kept.keys()
-    for name, (buffers, scalings) in kept.items():
-        assert found[name][1] == scalings
+    for name, (buffers, attention_factors) in kept.items():
+        assert found[name][1] == attention_factors
         assert found[name][0].keys() == buffers.keys()
         for buffer, expected in buffers.items():
             assert torch.equal(found[name][0][buffer], expected), (name, buffer)
@@ -618,7 +687,7 @@ def assert_refused(model, error, message, method="yarn", **asked):
         ({}, r"^factor or target_len must be given for method='yarn', got none; pass factor=8"),
         ({"factor": 4, "original_len": 0}, r"^original_len must be at least one token, got 0; "),
         ({"factor": 4, "theta": 1e6}, r"^options of method='yarn' must be of \('beta_fast', .*, got theta; "),
-        ({"method": "default", "theta": 0.0}, r"^theta must be above 0 and finite, got 0.0; "),
+        ({"method": "default", "theta": 0.0}, r"^theta must be above 1 and finite, got 0.0; "),
         ({"method": "longrope", "factor": 4}, r"^factors must be given for method='longrope', got none; "),
         ({"method": "longrope", "factor": 4, "factors": [1.0] * 3}, r"^factors must hold a factor for each of 4 pairs"),
         ({"method": "longrope", "factor": 4, "factors": [1.0, 3, 2, 4]}, r"^factors must not fall from pair to pair, "),
@@ -628,6 +697,60 @@ def assert_refused(model, error, message, method="yarn", **asked):
 def test_bad_arguments_are_refused_and_nothing_changes(subject, asked, message):
     model = small("llama") if subject == "model" else tiny_config("llama")
     assert_refused(model, ValueError, message, **asked)
+
+
+@pytest.mark.parametrize("subject", ["model", "config"])
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"layer_types": None}, r"^layer_types must be a list of names, got None; pass \['full_attention'\], say"),
+        ({"layer_types": "full_attention"}, r"^layer_types must be a list of names, got 'full_attention'; "),
+        ({"layer_types": [["full_attention"]]}, r"^layer_types must be a list of names, got \[\['full_att"),
+        ({"truncate": "no"}, r"^truncate must be True or False, got 'no'; "),
+        ({"factor": "4"}, r"^factor must be a number, got '4'; pass one above 1\."),
+        ({"factor": None, "target_len": 4096.0}, r"^target_len must be an integer, got 4096.0; "),
+        ({"original_len": "128"}, r"^original_len must be an integer, got '128'; "),
+        ({"beta_fast": [32]}, r"^beta_fast must be a number, got \[32\]; "),
+        ({"method": "default", "theta": "1e6"}, r"^theta must be a number, got '1e6'; pass one above 1\."),
+        ({"method": "longrope", "factors": torch.ones(4, 2)}, r"^factors\[0\] must be a number, got \[1.0, 1.0\]; "),
+        ({"method": "longrope", "factors": [1.0] * 4, "n_hat": "4"}, r"^n_hat must be an integer, got '4'; "),
+    ],
+)  # fmt: skip
+def test_arguments_of_another_type_are_refused_and_nothing_changes(subject, asked, message):
+    model = small("llama") if subject == "model" else tiny_config("llama")
+    assert_refused(model, TypeError, message, **{"factor": 4, **asked})
+
+
+@pytest.mark.parametrize("method", [["yarn"], None, torch.ones(2)])
+def test_a_method_that_is_no_name_is_refused_and_nothing_changes(method):
+    assert_refused(small("llama"), ValueError, r"^method must be one of \(.*\), got .*; pass one", method, factor=4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("theta", "error", "message"),
+    [
+        (1.0, ValueError, r"^theta must be above 1 and finite, got 1.0; "),
+        (-1e4, ValueError, r"^theta must be above 1 and finite, got -10000.0; "),
+        (0, ValueError, r"^theta must be above 1 and finite, got 0; "),
+        ("1e4", TypeError, r"^theta must be a number, got '1e4'; "),
+    ],
+)
+def test_a_config_whose_base_is_none_is_refused(method, theta, error, message):
+    config = tiny_config("llama")
+    config.rope_parameters["rope_theta"] = theta
+    factors = {"factors": [2.0] * 4} if method == "longrope" else {}
+    assert_refused(config, error, message, method, factor=4, **factors)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor])
+def test_factors_of_any_kind_write_the_same_config(kind, tmp_path):
+    by_list = extend(tiny_config("llama"), "longrope", 4, factors=[1.0, 1.5, 2.0, 4.0], n_hat=4)
+    given = extend(tiny_config("llama"), "longrope", 4, factors=kind([1.0, 1.5, 2.0, 4.0]), n_hat=kind([4])[0])
+    given.save_pretrained(tmp_path)
+
+    assert given.to_dict() == by_list.to_dict()
+    assert json.loads((tmp_path / "config.json").read_text())[RECORD] == getattr(by_list, RECORD)
 
 
 @pytest.mark.parametrize(

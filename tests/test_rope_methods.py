@@ -1,7 +1,9 @@
 """Frequencies of every extension method: transformers' own to the bit, the papers' formulas in float64, relations."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -71,8 +73,8 @@ def closed_form(method, factor):
     if method == "dynamic":
         return (THETA * (factor * factor - (factor - 1)) ** exponent) ** (-2 * pair / SIZE), 1.0
     if method == "longrope":
-        scaling = math.sqrt(1 + math.log(factor) / math.log(LENGTH))
-        return theta / torch.tensor(RISING, dtype=torch.float64), scaling
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(LENGTH))
+        return theta / torch.tensor(RISING, dtype=torch.float64), attention_factor
     if method == "yarn":
         ends = [SIZE * math.log(LENGTH / (2 * math.pi * turn)) / (2 * math.log(THETA)) for turn in (32, 1)]
         first, last = math.floor(ends[0]), math.ceil(ends[1])
@@ -81,8 +83,8 @@ def closed_form(method, factor):
         kept = ((turns - 1) / (4 - 1)).clamp(0, 1)
     else:
         kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
-    scaling = 0.1 * math.log(factor) + 1 if method.startswith("yarn") else 1.0
-    return (1 - kept) * theta / factor + kept * theta, scaling
+    attention_factor = 0.1 * math.log(factor) + 1 if method.startswith("yarn") else 1.0
+    return (1 - kept) * theta / factor + kept * theta, attention_factor
 
 
 @every_factor
@@ -191,6 +193,21 @@ def test_yarn_takes_deepseeks_mscales_and_the_ramp_without_whole_pairs():
     assert not torch.equal(ours("yarn", 40.0, truncate=False)[0], ours("yarn", 40.0)[0])
 
 
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor, lambda factors: np.array(factors, dtype=np.float32)])
+def test_factors_may_be_a_tensor_or_an_array(kind):
+    rising = [1.0 + pair / 4 for pair in range(64)]  # exact in float32
+    given = ours("longrope", factors=kind(rising), short_factors=kind(rising), attention_factor=kind([1.5])[0])
+
+    assert torch.equal(given[0], ours("longrope", factors=rising)[0])
+    assert given[1] == 1.5
+
+
+def test_a_list_from_elsewhere_may_speed_a_pair_up():
+    ratio = ours("longrope", factors=[0.99] + [2.0] * 63)[0] / ours("default")[0]
+
+    assert ratio[0] == pytest.approx(1 / 0.99)
+
+
 def test_two_bases_and_two_sizes_in_one_process_differ():
     first, second, third = (
         method_frequencies("yarn", theta, size, LENGTH, 4.0)[0] for theta, size in ((1e4, 64), (5e5, 64), (1e4, 96))
@@ -225,6 +242,9 @@ def test_two_bases_and_two_sizes_in_one_process_differ():
         ("longrope", 4.0, {"factors": [1.0] * 62 + [3, 2]}, r"^factors must not fall .* got 3.0 before 2.0 at pair 63"),
         ("longrope", 4.0, {"short_factors": [1.0] * 3}, r"^short_factors must hold .* of 64 pairs, got 3; "),
         ("longrope", 4.0, {"n_hat": -1}, r"^n_hat must be 0 or more positions, got -1; "),
+        ("longrope", 4.0, {"n_hat": 4097}, r"^n_hat must be at most the original length of 4096 tokens, got 4097; no"),
+        ("dynamic", 4.0, {"seq_len": 0}, r"^seq_len must be at least one token, got 0; "),
+        ("linear", 4.0, {"seq_len": -5}, r"^seq_len must be at least one token, got -5; "),
     ],
 )  # fmt: skip
 def test_what_has_no_meaning_is_refused_in_one_line(method, factor, options, message):
@@ -240,12 +260,33 @@ def test_what_has_no_meaning_is_refused_in_one_line(method, factor, options, mes
         ("yarn", True, {}, r"^factor must be a number, got True; "),
         ("longrope", 4.0, {"factors": 4.0}, r"^factors must be a list of numbers, got 4.0; "),
         ("longrope", 4.0, {"factors": ["1.0"] * 64}, r"^factors\[0\] must be a number, got '1.0'; "),
+        (
+            "longrope",
+            4.0,
+            {"factors": [[1.0]] * 64},
+            r"^factors\[0\] must be a number, got \[1.0\]; pass one above 0\.$",
+        ),
+        ("longrope", 4.0, {"factors": torch.ones(64, 2)}, r"^factors\[0\] must be a number, got \[1.0, 1.0\]; "),
+        ("longrope", 4.0, {"factors": torch.tensor(4.0)}, r"^factors must be a list of numbers, got 4.0; "),
+        ("longrope", 4.0, {"factors": torch.ones(64, dtype=torch.bool)}, r"^factors\[0\] must be a number, got True; "),
+        ("longrope", 4.0, {"factors": {1.0: 2}}, r"^factors must be a list of numbers, got {1.0: 2}; "),
+        ("longrope", 4.0, {"factors": "factors"}, r"^factors must be a list of numbers, got 'factors'; "),
+        (
+            "longrope",
+            4.0,
+            {"factors": [torch.ones(99)] * 64},
+            r"^factors\[0\] must be .* got tensor\(.{73} …; pass one",
+        ),
         ("longrope", 4.0, {"n_hat": 1.5}, r"^n_hat must be an integer, got 1.5; "),
+        ("yarn", 4.0, {"truncate": "no"}, r"^truncate must be True or False, got 'no'; pass one of them"),
+        ("yarn", 4.0, {"truncate": 0}, r"^truncate must be True or False, got 0; "),
+        ("dynamic", 4.0, {"seq_len": 8192.0}, r"^seq_len must be an integer, got 8192.0; "),
     ],
 )
-def test_what_is_no_number_is_refused_in_one_line(method, factor, options, message):
-    with pytest.raises(TypeError, match=message):
+def test_what_is_of_another_type_is_refused_in_one_line(method, factor, options, message):
+    with pytest.raises(TypeError, match=message) as refused:
         ours(method, factor, **options)
+    assert "\n" not in str(refused.value)
 
 
 @every_method
@@ -253,13 +294,31 @@ def test_what_is_no_number_is_refused_in_one_line(method, factor, options, messa
     ("theta", "size", "length", "message"),
     [
         (THETA, 7, LENGTH, r"^rotary_dim must be even and at least 2, got 7; "),
-        (math.inf, SIZE, LENGTH, r"^theta must be above 0 and finite, got inf; "),
+        (math.inf, SIZE, LENGTH, r"^theta must be above 1 and finite, got inf; "),
+        (math.nan, SIZE, LENGTH, r"^theta must be above 1 and finite, got nan; "),
+        (1.0, SIZE, LENGTH, r"^theta must be above 1 and finite, got 1.0; "),
+        (-1e4, SIZE, LENGTH, r"^theta must be above 1 and finite, got -10000.0; "),
+        (10**400, SIZE, LENGTH, r"^theta must be above 1 and finite, got 1000"),
         (THETA, SIZE, 0, r"^original_len must be at least one token, got 0; "),
     ],
 )
 def test_rope_without_frequencies_is_refused_under_every_method(method, theta, size, length, message):
     with pytest.raises(ValueError, match=message):
         method_frequencies(method, theta, size, length, 4.0, **OPTIONS.get(method, {}))
+
+
+@pytest.mark.parametrize("method", [["yarn"], None, np.array(["yarn", "ntk"]), torch.ones(2, 2)])
+def test_a_method_that_is_no_name_is_refused_in_one_line(method):
+    with pytest.raises(ValueError, match=r"^method must be one of \('default', .*\), got .*; pass one") as refused:
+        method_frequencies(method, THETA, SIZE, LENGTH, 4.0)
+    assert "\n" not in str(refused.value)
+
+
+@every_method
+@pytest.mark.parametrize("theta", ["1e4", None, True, [1e4]])
+def test_a_base_that_is_no_number_is_refused_under_every_method(method, theta):
+    with pytest.raises(TypeError, match=rf"^theta must be a number, got {re.escape(repr(theta))}; pass one above 1"):
+        method_frequencies(method, theta, SIZE, LENGTH, 4.0, **OPTIONS.get(method, {}))
 
 
 @pytest.mark.parametrize("method", ["ntk", "dynamic"])

@@ -45,17 +45,17 @@ def positions(seq_len=96, shift=0, rows=2):
     return torch.arange(seq_len) + shift + 7 * torch.arange(rows)[:, None]
 
 
-def rotated(states, position_ids, inv_freq, policy, interleaved=False, scaling=1.0):
+def rotated(states, position_ids, inv_freq, policy, interleaved=False, attention_factor=1.0):
     """Table and rotation at once, the table in the dtype of the states."""
-    cos, sin = rotary_table(position_ids, inv_freq, policy, states.dtype, scaling)
+    cos, sin = rotary_table(position_ids, inv_freq, policy, states.dtype, attention_factor)
     return apply_rotary(states, cos, sin, policy, interleaved)
 
 
-def rotated_in_float64(states, position_ids, inv_freq, interleaved=False, scaling=1.0):
+def rotated_in_float64(states, position_ids, inv_freq, interleaved=False, attention_factor=1.0):
     """The oracle: pairs as complex numbers, times e^(i · position · frequency)."""
     states, turned = states.double(), 2 * len(inv_freq)
     turn = torch.polar(
-        torch.tensor(scaling, dtype=torch.float64), position_ids.double()[..., None] * inv_freq.double()
+        torch.tensor(attention_factor, dtype=torch.float64), position_ids.double()[..., None] * inv_freq.double()
     )[:, None]
     if interleaved:
         pairs = turn * torch.view_as_complex(states[..., :turned].unflatten(-1, (-1, 2)).contiguous())
@@ -194,7 +194,7 @@ def test_layers_share_a_table_and_settings_do_not():
         "inv_freq": (inverse_frequencies(8, 1e4), inverse_frequencies(8, 1e6), inverse_frequencies(8, 1e4) / 2),
         "precision": ("exact", "float32", "bfloat16", "model"),
         "dtype": (torch.float32, torch.float64),
-        "scaling": (1.0, 1.2),
+        "attention_factor": (1.0, 1.2),
         "position_policy": ("continuous", "reset"),
     }
     first = {name: values[0] for name, values in settings.items()}
@@ -224,12 +224,12 @@ def test_two_thetas_in_one_process_differ():
 @every_precision
 @every_dtype
 @every_pairing
-@pytest.mark.parametrize(("rotary_dim", "scaling"), [(64, 1.0), (16, 1.0), (64, 1.2773)])
-def test_rotations_equal_float64_to_the_stated_precision(policy, dtype, interleaved, rotary_dim, scaling):
+@pytest.mark.parametrize(("rotary_dim", "attention_factor"), [(64, 1.0), (16, 1.0), (64, 1.2773)])
+def test_rotations_equal_float64_to_the_stated_precision(policy, dtype, interleaved, rotary_dim, attention_factor):
     states, inv_freq = random_states(dtype), inverse_frequencies(rotary_dim, 10_000)
-    ours = rotated(states, positions(), inv_freq, policy, interleaved, scaling)
-    right = rotated_in_float64(states, positions(), inv_freq, interleaved, scaling)
-    lengths = pair_lengths(states, rotary_dim // 2, interleaved) * scaling
+    ours = rotated(states, positions(), inv_freq, policy, interleaved, attention_factor)
+    right = rotated_in_float64(states, positions(), inv_freq, interleaved, attention_factor)
+    lengths = pair_lengths(states, rotary_dim // 2, interleaved) * attention_factor
     stated = {"model": dtype, "bfloat16": torch.bfloat16}.get(policy, torch.float64)
     angles = 0 if (policy, dtype) == ("exact", torch.float64) else 200 * 2**-24  # positions below 200
     errors = (ours.double() - right).abs()
@@ -270,7 +270,9 @@ def test_model_precision_equals_transformers_yarn_bit_for_bit():
     query = random_states(torch.bfloat16)
     expected, _ = apply_rotary_pos_emb(query, query, *yarn(query, positions()))
 
-    assert torch.equal(rotated(query, positions(), yarn.inv_freq, "model", scaling=yarn.attention_scaling), expected)
+    assert torch.equal(
+        rotated(query, positions(), yarn.inv_freq, "model", attention_factor=yarn.attention_scaling), expected
+    )
 
 
 @every_pairing

@@ -8,9 +8,10 @@ from families import each_family, tiny_config, tiny_model
 from torch import nn
 from transformers import AttentionInterface
 
-from anchor_attn.rope import rotary
-from anchor_attn.rope.precision import RotaryTable
-from anchor_attn.rope.rotary import override_tables, recognise, rotaries_of
+from anchor_attn.rope import extend, method_frequencies, rotary
+from anchor_attn.rope.configs import read_original
+from anchor_attn.rope.precision import RotaryTable, rotary_table
+from anchor_attn.rope.rotary import Rotary, in_form, override_tables, recognise, rotaries_of
 
 TOKENS = torch.tensor([[1, 7, 9, 20, 4, 11]])
 # float32 angles lose a digit for every tenfold position; exact ones lose none.
@@ -46,9 +47,9 @@ def test_queries_and_keys_are_within_a_unit_of_the_same_states_rotated_in_float6
     override_tables(oracle, precision)
     rotated = first_query_and_key(stated, POSITIONS[precision])
 
-    def in_float64(position_ids, inv_freq, precision, dtype, scaling):
+    def in_float64(position_ids, inv_freq, precision, dtype, attention_factor):
         angles = position_ids[..., None].double() * inv_freq.double()
-        return RotaryTable(angles.cos() * scaling, angles.sin() * scaling)
+        return RotaryTable(angles.cos() * attention_factor, angles.sin() * attention_factor)
 
     monkeypatch.setattr(rotary, "rotary_table", in_float64)
     for ours, exact in zip(rotated, first_query_and_key(oracle, POSITIONS[precision]), strict=True):
@@ -120,6 +121,51 @@ def test_methods_that_choose_by_length_choose_as_transformers_does(length):
         handle.remove()
     for one, two in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", "exact"])
+def test_dynamic_frequencies_are_those_of_this_input_alone_where_transformers_keeps_a_longer_ones(family, precision):
+    """Up to the original length those of the model as it was; the last two lengths are where transformers differs."""
+    model = extend(tiny_model(family, torch.float32), "dynamic", 4)
+    own, stated = model, copy.deepcopy(model)
+    override_tables(stated, precision)
+    kind = () if family == "llama" else ("full_attention",)
+    original = read_original(model.config, *kind)
+
+    def cos(model, length):
+        (module,) = {found.module for found in rotaries_of(model)}
+        return module(torch.zeros(1), torch.arange(length)[None], *kind)[0]
+
+    kept = {}
+    for length in (20, 400, 300, original.length):
+        inv_freq, _ = method_frequencies(
+            "dynamic", original.theta, original.rotary_dim, original.length, 4.0, seq_len=length
+        )
+        table = rotary_table(torch.arange(length)[None], inv_freq, precision, torch.float32)
+        assert torch.equal(cos(stated, length), in_form(table, "halves")[0])
+        kept[length] = torch.allclose(cos(own, length), in_form(table, "halves")[0].float(), atol=1e-2)
+    assert kept == {20: True, 400: True, 300: False, original.length: False}
+
+
+def test_tables_of_many_lengths_keep_the_frequencies_of_one():
+    model = extend(tiny_model("llama", torch.float32), "dynamic", 4)
+    (hook,) = override_tables(model, "exact")
+    for length in range(200, 230):
+        model.model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+
+    assert len(hook._frequencies) == 1
+
+
+def test_two_kinds_of_layers_compute_their_frequencies_once(monkeypatch):
+    model = tiny_model("gemma3_text", torch.float32)
+    override_tables(model, "exact")
+    computed, frequencies = [], Rotary.frequencies
+    monkeypatch.setattr(Rotary, "frequencies", lambda self, *args: computed.append(self) or frequencies(self, *args))
+    for _ in range(3):
+        model(input_ids=TOKENS)
+
+    assert sorted(found.layer_type for found in computed) == ["full_attention", "sliding_attention"]
 
 
 # --- what is not recognised ------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from anchor_attn.rope.search import loop, search_factors
 from anchor_attn.rope.search.evolution import N_HATS, Evolution, Individual, Space, cross, mutate
 from anchor_attn.rope.search.files import SearchResult
 from anchor_attn.rope.search.fitness import TrialTables, on_trial, perplexity, plant_needles
-from anchor_attn.rope.search.progressive import PROGRESSIVE, Stage
+from anchor_attn.rope.search.inputs import hash_model
+from anchor_attn.rope.search.progressive import PROGRESSIVE, Leg
 from anchor_attn.rope.search.setup import rotaries_to_extend
 
 LENGTH, FACTOR, VOCAB = 32, 4, 40
@@ -342,12 +343,12 @@ def test_a_fixed_attention_factor_and_no_n_hat_hold_for_all_individuals(model, s
 
     def fitness(model, sequences):
         (tables,) = model.model.rotary_emb._forward_hooks.values()
-        tried.add((tables._n_hat, *(scaling for _, scaling in tables._frequencies.values())))
+        tried.add((*tables._starts, *(factor for _, factor in tables._frequencies.values())))
         return 1.0
 
     search_factors(model, sequences, FACTOR, fitness=fitness, n_hats=(0,), attention_factor=1.05, **SMALL)
 
-    assert tried == {(0, 1.05)}
+    assert tried == {(1.05,)}
 
 
 def test_needle_fitness_is_the_perplexity_of_the_needles(model, sequences):
@@ -508,13 +509,102 @@ def test_the_checkpoint_of_another_search_is_refused(model, sequences, changes, 
     assert (tmp_path / "state.json").read_bytes() == before
 
 
-def test_a_model_that_was_tuned_further_is_another_one(model, sequences, tmp_path):
+def edit_one_weight(model):
+    model.model.layers[1].mlp.down_proj.weight[7, 5] += 1e-2
+
+
+def edit_one_bit(model):
+    model.model.embed_tokens.weight.view(torch.int8)[3, 31] ^= 1
+
+
+def edit_a_buffer(model):
+    model.model.norm.offset[2] = 1
+
+
+def edit_a_rounded_buffer(model):
+    for name in ("inv_freq", "original_inv_freq"):
+        getattr(model.model.rotary_emb, name).copy_(model.model.rotary_emb.inv_freq.bfloat16())
+
+
+@pytest.mark.parametrize("edit", [edit_one_weight, edit_one_bit, edit_a_buffer, edit_a_rounded_buffer])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_which_one_number_was_edited_is_another_one(model, sequences, edit, dtype, tmp_path):
+    model.model.norm.register_buffer("offset", torch.zeros(4, dtype=torch.int8))
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
     options = {**SMALL, "rounds": 0, "checkpoint": tmp_path / "state.json"}
     search_factors(model, sequences, FACTOR, **options)
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight += 1e-4
+        edit(model)
     with pytest.raises(ValueError, match="with another model;"):
         search_factors(model, sequences, FACTOR, **options)
+
+
+@pytest.mark.parametrize("method", ["dynamic", "longrope"])
+def test_a_model_that_has_read_other_lengths_is_the_same_one(model, method):
+    """Its rotary module keeps the frequencies of the last length, as one tensor under two names at times."""
+    short = {"factors": [2.0] * 8, "short_factors": [1.0] * 8} if method == "longrope" else {}
+    extend(model, method, FACTOR, **short)
+    hashes = [hash_model(model)]
+    for length in (LENGTH * 3, LENGTH - 1, LENGTH * 2):
+        model(input_ids=torch.zeros(1, length, dtype=torch.long))
+        hashes.append(hash_model(model))
+
+    assert len(set(hashes)) == 1
+    extend(model, method, 2 * FACTOR, **short)
+    assert hash_model(model) != hashes[0]
+
+
+def test_weights_of_every_shape_and_order_are_hashed_as_they_are():
+    model = tiny_llama()
+    model.scalar, model.empty = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((), (0, 3)))
+    before, weight = hash_model(model), model.lm_head.weight
+    weight.data = weight.data.T.contiguous().T  # the same numbers in other strides
+    assert hash_model(model) == before
+    model.scalar.data.fill_(1.0)
+    assert hash_model(model) != before
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "error", "message"),
+    [
+        (
+            ".",
+            ValueError,
+            r"^checkpoint must be the state of a search, got '.' \(IsADirectoryError\), which is",
+        ),
+        (3, TypeError, r"^checkpoint must be a path, got 3; name a file"),
+        (["a"], TypeError, r"^checkpoint must be a path, got \['a'\]; "),
+    ],
+)
+def test_a_checkpoint_that_is_no_file_is_refused_before_the_search(model, sequences, checkpoint, error, message):
+    def fitness(model, sequences):
+        raise AssertionError("evaluated")
+
+    with pytest.raises(error, match=message):
+        search_factors(model, sequences, FACTOR, fitness=fitness, checkpoint=checkpoint, **SMALL)
+
+
+@pytest.mark.parametrize("layer_types", [None, "full_attention", [None]])
+def test_kinds_of_layers_outside_of_a_list_are_refused(model, sequences, layer_types):
+    with pytest.raises(TypeError, match=r"^layer_types must be a list of names, got "):
+        search_factors(model, sequences, FACTOR, layer_types=layer_types, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("factors", "got"),
+    [([0.9] + [2.0] * 7, "0.9 behind 1 at pair 0"), ([1.0, 3.0, 2.0] + [4.0] * 5, "2 behind 3 at pair 2")],
+)
+def test_a_model_whose_factors_are_none_of_the_search_is_no_start_of_it(sequences, factors, got):
+    published = {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": LENGTH,
+        "long_factor": factors, "short_factor": factors,
+    }  # fmt: skip
+    model = tiny_llama(rope_parameters=published)
+    with pytest.raises(ValueError, match=rf"^model must have factors .* to start from, got {got}; extend it by "):
+        search_factors(model, sequences, FACTOR, **SMALL)
+    result = search_factors(extend(model, "yarn", 2), sequences, FACTOR, **{**SMALL, "rounds": 0})
+    assert result.meta["long"]["starts"]["present"]["factors"][-1] == 2.0
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"random": 3}', "[1]", "\x00"])
@@ -550,8 +640,8 @@ def test_a_file_that_is_no_result_is_refused(tmp_path):
 
 
 def test_the_progressive_recipe_is_the_papers():
-    tuned = [(stage.length_tokens // 1024, stage.steps) for stage in PROGRESSIVE if stage.does == "fine_tune"]
-    searched = [stage.search_options(4096)["factor"] for stage in PROGRESSIVE if stage.does == "search"]
+    tuned = [(leg.length_tokens // 1024, leg.steps) for leg in PROGRESSIVE if leg.does == "fine_tune"]
+    searched = [leg.search_options(4096)["factor"] for leg in PROGRESSIVE if leg.does == "search"]
 
     assert tuned == [(128, 400), (256, 600)]
     assert searched == [32, 64, 512]
@@ -560,9 +650,9 @@ def test_the_progressive_recipe_is_the_papers():
         PROGRESSIVE[2].search_options(4096)
 
 
-def test_a_stages_options_are_those_of_the_search(model, sequences):
-    stage = Stage("search", LENGTH * FACTOR, population=5, mutations=1, crossovers=1)
-    result = search_factors(model, sequences, rounds=1, **stage.search_options(LENGTH))
+def test_a_legs_options_are_those_of_the_search(model, sequences):
+    leg = Leg("search", LENGTH * FACTOR, population=5, mutations=1, crossovers=1)
+    result = search_factors(model, sequences, rounds=1, **leg.search_options(LENGTH))
 
     assert result.factor == FACTOR
     assert result.records[-1]["evaluated"] == 7

@@ -11,6 +11,7 @@ from test_wrap import LAYOUT, TOKENS, logits_of
 
 from anchor_attn import unwrap, wrap
 from anchor_attn.hf import forward
+from anchor_attn.rope import extend
 from anchor_attn.rope.precision import ROPE_PRECISIONS
 
 CORE = ("llama", "gemma3_text", "gpt_neox", "gpt_oss", "cohere2", "deepseek_v2", "deepseek_v3", "phi", "olmo2", "glm4")
@@ -99,6 +100,20 @@ def test_under_autocast_exact_rotates_in_float32():
 
     assert {part.dtype for states in parts for part in states} == {torch.bfloat16}
     assert moved < 0.02
+
+
+@every_stated_precision
+def test_a_packed_forward_under_dynamic_ntk_forgets_longer_ones_and_the_models_own_does_not(precision):
+    plain = extend(tiny_model("llama", torch.float32, max_position_embeddings=8), "dynamic", 4)
+    model, own = wrap(copy.deepcopy(plain), rope_precision=precision), wrap(plain)
+    long = {"document_ids": LAYOUT, "position_ids": LAYOUT.position_ids() + 500}
+    before, own_before = (logits_of(part, document_ids=LAYOUT) for part in (model, own))
+    assert LAYOUT.seq_len > 8
+    for part in (model, own):
+        logits_of(part, **long)
+
+    assert torch.equal(logits_of(model, document_ids=LAYOUT), before)
+    assert not torch.allclose(logits_of(own, document_ids=LAYOUT), own_before, atol=1e-3)
 
 
 # --- all else --------------------------------------------------------------------------------------------------------

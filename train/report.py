@@ -3,13 +3,12 @@
 import json
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anchor_attn.page import Page
+from anchor_attn.page import Page, require_matplotlib
 from anchor_attn.train.run import WARM_UP_STEPS, Arm
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def write_report(result: "Result", out: Path) -> list[Path]:
     Raises:
         ImportError: matplotlib is missing.
     """
-    require_matplotlib()
+    require_matplotlib("the report")
     figures = {
         "masks": (_draw_masks(result), "The first training row under each pattern: who attends to whom."),
         "loss": (_draw_losses(result), f"Training loss, mean of {SMOOTHING_STEPS} steps, against tokens and seconds."),
@@ -150,16 +149,6 @@ def _time_base(result: "Result") -> float | None:
 def _mean_and_spread(values: Sequence[float]) -> str:
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{spread}"
-
-
-def require_matplotlib() -> None:
-    """Raise before hours of training, rather than after them, when the report could not be drawn.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    if find_spec("matplotlib") is None:
-        raise ImportError("the report needs matplotlib; pip install 'anchor-attn[plots]'.")
 
 
 def _figure(panels: int, width: float, height: float) -> tuple["Figure", list[Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anchor_attn.bench.timing import Timing
+from anchor_attn.page import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,6 +103,7 @@ def draw_figure(timings: Sequence[Timing], title: str) -> "Figure":
     Raises:
         ImportError: matplotlib is missing.
     """
+    require_matplotlib()
     lines = [line for line in list_lines(timings) if line.whole.seconds is not None]
     if len({line.seq_len for line in lines}) > 1:
         return _draw_lengths(lines, title)

@@ -10,22 +10,18 @@ the factor of that. Perplexity of longer windows is the same or lower if a metho
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
+from anchor_attn.bench.rope_readings import STAGES, MethodReading, Stage, Windows
 from anchor_attn.rope.extension import extend
 from anchor_attn.rope.methods import METHODS
 from anchor_attn.rope.search import search_factors
-from anchor_attn.rope.search.fitness import perplexity
 
-Stage = Literal["untrained", "fine-tuned"]
-STAGES: tuple[Stage, ...] = ("untrained", "fine-tuned")
 # The `a` of dynamic NTK, one for all lengths: its base follows the input by itself.
 DYNAMIC_FACTOR = 2.0
 # What a search starts from beside PI, NTK and YaRN, so that on its own text it is no worse than any fixed method.
@@ -67,7 +63,7 @@ class Plan:
     model_size: dict[str, Any] = field(default_factory=lambda: dict(LAPTOP))
     vocab_size: int = 257
     steps: int = 500
-    tune_steps: int = 25
+    tune_steps: int = 100
     batch_tokens: int = 4096
     learning_rate: float = 2e-3
     tune_learning_rate: float = 1e-3
@@ -89,58 +85,36 @@ class Plan:
                 f"times must begin with 1 and hold tuned_times, got {self.times} and {self.tuned_times}; add them."
             )
 
+    @property
+    def training(self) -> "Course":
+        """Of the model."""
+        return Course(self.seq_len, self.steps, self.batch_tokens, self.learning_rate)
+
+    @property
+    def fine_tuning(self) -> "Course":
+        """Of a method."""
+        return Course(self.seq_len * self.tuned_times, self.tune_steps, self.batch_tokens, self.tune_learning_rate)
+
+    def describe(self) -> dict[str, Any]:
+        """As a result file says it."""
+        return asdict(self) | {"dynamic_factor": DYNAMIC_FACTOR, "extra_starts": list(EXTRA_STARTS)}
+
 
 @dataclass(frozen=True)
-class Reading:
-    """One method at one length.
+class Course:
+    """Steps of training.
 
     Attributes:
-        method: as `extend`; "default" is plain RoPE.
-        stage: "untrained", or "fine-tuned" at the length that the plan says.
-        times: the length, in multiples of the trained one.
-        seq_len: tokens of a window.
-        factor: that the method was given; 1 where nothing is extended.
-        window_nats: mean loss of the scored tokens of each window.
+        seq_len: tokens of a row.
+        steps: of the optimizer.
+        batch_tokens: a step.
+        learning_rate: peak of the cosine.
     """
 
-    method: str
-    stage: Stage
-    times: int
     seq_len: int
-    factor: float
-    window_nats: tuple[float, ...]
-
-    @property
-    def nats(self) -> float:
-        """Mean loss of a scored token."""
-        return fmean(self.window_nats)
-
-    @property
-    def perplexity(self) -> float:
-        """Of the scored tokens of all windows."""
-        return math.exp(self.nats) if self.nats < 700 else math.inf
-
-    def record(self) -> dict[str, Any]:
-        """As a result file has it; the interval is a 95 % t of the mean over windows, ± so many nats."""
-        return {
-            "name": f"{self.method} {self.stage}",
-            "method": self.method,
-            "stage": self.stage,
-            "times": self.times,
-            "seq_len": self.seq_len,
-            "factor": self.factor,
-            "perplexity": self.perplexity,
-            "nats_per_token": self.nats,
-            "interval_nats": half_width(self.window_nats),
-            "windows": len(self.window_nats),
-        }
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % t interval of a mean; None below 3 values."""
-    if len(values) < 3:
-        return None
-    return float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    steps: int
+    batch_tokens: int
+    learning_rate: float
 
 
 def bench_rope(
@@ -151,7 +125,7 @@ def bench_rope(
     device: str = "cpu",
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
-) -> tuple[list[Reading], dict[str, Any]]:
+) -> tuple[list[MethodReading], dict[str, Any]]:
     """Train, search, read, fine-tune and read again.
 
     Args:
@@ -170,34 +144,31 @@ def bench_rope(
         ValueError: too little text for its windows.
     """
     longest = plan.seq_len * max(plan.times)
-    ends = _window_ends(held_out, longest, plan.windows, "held_out")
-    search_ends = _window_ends(searched, longest, plan.search_windows, "searched")
+    windows = Windows.spread(held_out, plan.windows, longest, plan.scored_tokens, "held_out")
+    search_windows = Windows.spread(searched, plan.search_windows, longest, plan.scored_tokens, "searched")
     model = _fresh_model(plan, device, seed)
     say(f"training on {plan.steps * plan.batch_tokens:,} tokens in rows of {plan.seq_len}")
-    loss = train_rows(model, training, plan.seq_len, plan.steps, plan.batch_tokens, plan.learning_rate, seed)
+    loss = train_rows(model, training, plan.training, seed)
     options: dict[int, dict[str, Any]] = {}
     for times in plan.times[1:]:
         say(f"searching factors for {times} × {plan.seq_len:,} tokens")
-        windows = [searched[end - times * plan.seq_len : end] for end in search_ends]
         found = search_factors(
-            model, windows, times, fitness=_scoring(plan.scored_tokens), extra_starts=EXTRA_STARTS, seed=seed,
-            **plan.search,
+            model, search_windows.of(times * plan.seq_len), times, fitness=search_windows.perplexity,
+            extra_starts=EXTRA_STARTS, seed=seed, **plan.search,
         )  # fmt: skip
         options[times] = {
             "factors": list(found.factors), "n_hat": found.n_hat, "attention_factor": found.attention_factor,
         }  # fmt: skip
-    readings: list[Reading] = []
+    evidence = Evidence(model, plan, training, windows, options, seed)
+    readings: list[MethodReading] = []
     for method in METHODS:
         say(f"reading {method}, then fine-tuning it at {plan.tuned_times} × {plan.seq_len:,} tokens")
-        readings += _untrained(model, method, options, held_out, ends, plan)
-        readings += _tuned(model, method, options, training, held_out, ends, plan, seed)
+        readings += [*evidence.untrained(method), *evidence.fine_tuned(method)]
     readings.sort(key=lambda reading: STAGES.index(reading.stage))
     return readings, {"training_loss": loss, "searched": {str(times): found for times, found in options.items()}}
 
 
-def train_rows(
-    model: nn.Module, stream: Tensor, seq_len: int, steps: int, batch_tokens: int, learning_rate: float, seed: int
-) -> float:
+def train_rows(model: nn.Module, stream: Tensor, course: Course, seed: int) -> float:
     """Train on rows from anywhere in a stream: AdamW, a cosine with a warm-up.
 
     Returns:
@@ -205,13 +176,13 @@ def train_rows(
     """
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
-    rows, losses = max(1, batch_tokens // seq_len), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=course.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, course.steps))
+    rows, losses = max(1, course.batch_tokens // course.seq_len), []
     model.train()
-    for _ in range(steps):
-        starts = torch.randint(len(stream) - seq_len, (rows,), generator=draw).tolist()
-        batch = torch.stack([stream[start : start + seq_len] for start in starts]).to(device)
+    for _ in range(course.steps):
+        starts = torch.randint(len(stream) - course.seq_len, (rows,), generator=draw).tolist()
+        batch = torch.stack([stream[start : start + course.seq_len] for start in starts]).to(device)
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -220,71 +191,54 @@ def train_rows(
         optimizer.zero_grad()
         losses.append(loss.detach())
     model.eval()
-    return float(torch.stack(losses[-max(1, steps // 10) :]).mean())
+    return float(torch.stack(losses[-max(1, course.steps // 10) :]).mean())
 
 
-def read_windows(model: nn.Module, held_out: Tensor, ends: Sequence[int], seq_len: int, scored: int) -> Iterator[float]:
-    """The mean loss of the last tokens of each window, in nats."""
-    mask = torch.arange(seq_len) >= seq_len - scored
-    with torch.no_grad():
-        for end in ends:
-            yield math.log(perplexity(model, [held_out[end - seq_len : end]], [mask]))
+@dataclass(frozen=True)
+class Evidence:
+    """A trained model, and what it is read with.
 
+    Attributes:
+        model: stays as it is.
+        plan: sizes and steps.
+        training: the stream that a fine-tuning goes on with.
+        windows: that are read.
+        searched: options of "longrope" by the length they were searched for, in multiples of the trained one.
+        seed: of the rows of a fine-tuning.
+    """
 
-# --- methods ---------------------------------------------------------------------------------------------------------
+    model: nn.Module
+    plan: Plan
+    training: Tensor
+    windows: Windows
+    searched: Mapping[int, Mapping[str, Any]]
+    seed: int
 
+    def untrained(self, method: str) -> Iterator[MethodReading]:
+        """A method as it comes, at the factor of each length."""
+        for times in self.plan.times:
+            extended, factor = self.under(copy.deepcopy(self.model), method, times)
+            yield self._read(extended, method, "untrained", times, factor)
 
-def _untrained(
-    model: nn.Module, method: str, options: dict[int, dict[str, Any]], held_out: Tensor, ends: list[int], plan: Plan
-) -> Iterator[Reading]:
-    for times in plan.times:
-        extended, factor = _under(copy.deepcopy(model), method, times, options)
-        yield _read(extended, method, "untrained", times, factor, held_out, ends, plan)
+    def fine_tuned(self, method: str) -> Iterator[MethodReading]:
+        """A method after a fine-tuning, at the factor of that, at every length."""
+        tuned, factor = self.under(copy.deepcopy(self.model), method, self.plan.tuned_times)
+        train_rows(tuned, self.training, self.plan.fine_tuning, self.seed)
+        for times in self.plan.times:
+            # Anew for every length: transformers' "dynamic" keeps the frequencies of the longest input it has seen.
+            self.under(tuned, method, self.plan.tuned_times)
+            yield self._read(tuned, method, "fine-tuned", times, factor)
 
+    def under(self, model: nn.Module, method: str, times: int) -> tuple[nn.Module, float]:
+        """A model under a method for so many times its length, and the factor that the method got."""
+        if method == "default" or times == 1:
+            return extend(model, "default"), 1.0
+        factor = DYNAMIC_FACTOR if method == "dynamic" else float(times)
+        return extend(model, method, factor, **(self.searched[times] if method == "longrope" else {})), factor
 
-def _tuned(
-    model: nn.Module,
-    method: str,
-    options: dict[int, dict[str, Any]],
-    training: Tensor,
-    held_out: Tensor,
-    ends: list[int],
-    plan: Plan,
-    seed: int,
-) -> Iterator[Reading]:
-    length = plan.seq_len * plan.tuned_times
-    tuned, factor = _under(copy.deepcopy(model), method, plan.tuned_times, options)
-    train_rows(tuned, training, length, plan.tune_steps, plan.batch_tokens, plan.tune_learning_rate, seed)
-    for times in plan.times:
-        # Anew for every length: transformers' "dynamic" keeps the frequencies of the longest input that it has seen.
-        _under(tuned, method, plan.tuned_times, options)
-        yield _read(tuned, method, "fine-tuned", times, factor, held_out, ends, plan)
-
-
-def _under(model: nn.Module, method: str, times: int, options: dict[int, dict[str, Any]]) -> tuple[nn.Module, float]:
-    """A model under a method for so many times its length, and the factor that the method got."""
-    if method == "default" or times == 1:
-        return extend(model, "default"), 1.0
-    factor = DYNAMIC_FACTOR if method == "dynamic" else float(times)
-    return extend(model, method, factor, **(options[times] if method == "longrope" else {})), factor
-
-
-def _read(
-    model: nn.Module,
-    method: str,
-    stage: Stage,
-    times: int,
-    factor: float,
-    held_out: Tensor,
-    ends: list[int],
-    plan: Plan,
-) -> Reading:
-    seq_len = times * plan.seq_len
-    nats = tuple(read_windows(model, held_out, ends, seq_len, plan.scored_tokens))
-    return Reading(method, stage, times, seq_len, factor, nats)
-
-
-# --- the rest --------------------------------------------------------------------------------------------------------
+    def _read(self, model: nn.Module, method: str, stage: Stage, times: int, factor: float) -> MethodReading:
+        seq_len = times * self.plan.seq_len
+        return MethodReading(method, stage, times, seq_len, factor, self.windows.nats(model, seq_len))
 
 
 def _fresh_model(plan: Plan, device: str, seed: int) -> nn.Module:
@@ -295,33 +249,8 @@ def _fresh_model(plan: Plan, device: str, seed: int) -> nn.Module:
     return AutoModelForCausalLM.from_config(config).to(device)
 
 
-def _scoring(scored: int) -> Callable[[nn.Module, Sequence[Tensor]], float]:
-    """What a search minimises: what is read of windows."""
-
-    def last_tokens(model: nn.Module, sequences: Sequence[Tensor]) -> float:
-        masks = [torch.arange(len(tokens)) >= len(tokens) - scored for tokens in sequences]
-        return perplexity(model, sequences, masks)
-
-    return last_tokens
-
-
-def _window_ends(stream: Tensor, longest: int, count: int, name: str) -> list[int]:
-    """Where windows end, spread evenly, none of the longest reaching before the stream or into its neighbour."""
-    if len(stream) < count * longest:
-        raise ValueError(
-            f"{name} must hold {count} windows of {longest:,} tokens, got {len(stream):,} tokens; pass more text or a "
-            "smaller seq_len."
-        )
-    return [len(stream) * (place + 1) // count for place in range(count)]
-
-
 def _cosine(step: int, steps: int) -> float:
     warm_up = max(1, round(WARM_UP_SHARE * steps))
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
-def describe_plan(plan: Plan) -> dict[str, Any]:
-    """As a result file says it."""
-    return asdict(plan) | {"dynamic_factor": DYNAMIC_FACTOR, "extra_starts": list(EXTRA_STARTS)}

@@ -41,8 +41,9 @@ def compare_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
 ) -> None:
     """Train full, intra-document and anchor attention on the same tokens, and say what the difference is."""
+    from anchor_attn.page import require_matplotlib
     from anchor_attn.train.compare import Comparison, compare
-    from anchor_attn.train.report import HEADER, findings, require_matplotlib, table_rows, write_report
+    from anchor_attn.train.report import HEADER, findings, table_rows, write_report
 
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}; pass 3 for an interval.")
@@ -63,7 +64,7 @@ def compare_command(
         dtype=dtype,
         out=out,
     )
-    require_matplotlib()
+    require_matplotlib("the report")
     said = Console(stderr=True, highlight=False, soft_wrap=True)
     result = compare(settings, say=said.print)
     written = write_report(result, out)

@@ -1,6 +1,10 @@
 """What `anchor-attn rope` reads: a config, the file of a search, tokens for one."""
 
+import logging
 import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +22,26 @@ LLAMA_2: dict[str, Any] = {"max_position_embeddings": 4096}
 BYTE_VOCABULARY = 257
 FRESH_TOKENS = 256  # of a model with fresh weights
 DTYPES = ("float32", "bfloat16", "float16")
+# Of huggingface_hub, an attempt that failed and the next one.
+RETRY = re.compile(r" thrown while requesting |\[Retry \d+/\d+\]")
 
 
+@contextmanager
+def hub_retries_unsaid() -> Iterator[None]:
+    """Without a network the hub's client says every attempt, 11 lines of them; what came of them is our one line."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+
+    def is_no_retry(record: logging.LogRecord) -> bool:
+        return not RETRY.search(record.getMessage())
+
+    logger.addFilter(is_no_retry)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_retry)
+
+
+@hub_retries_unsaid()
 def read_config(model: str) -> "PreTrainedConfig":
     """The config of a model's name: "llama-2", a size of ours, a file, a folder or a hub name; no weights.
 
@@ -27,6 +49,8 @@ def read_config(model: str) -> "PreTrainedConfig":
         ValueError: nothing that reads by that name.
     """
     from transformers import AutoConfig, LlamaConfig
+
+    from anchor_attn.rope.own_types import register
 
     from anchor_attn.train.items import one_line
     from anchor_attn.train.presets import SIZES
@@ -36,6 +60,7 @@ def read_config(model: str) -> "PreTrainedConfig":
     if model in SIZES:
         return LlamaConfig(**SIZES[model], vocab_size=BYTE_VOCABULARY, **LLAMA_2)
     try:
+        register()
         return AutoConfig.from_pretrained(model)
     except Exception as error:  # the file's, json's, the hub's, and whatever a config class makes of its values
         raise ValueError(
@@ -50,14 +75,18 @@ def read_searched(path: Path) -> "SearchResult":
     Raises:
         ValueError: no such file, or another one.
     """
+    from anchor_attn.rope.checks import checked_factor
     from anchor_attn.rope.search.files import SearchResult
 
     try:
-        return SearchResult.read(path)
-    except OSError as error:
+        found = SearchResult.read(path)
+        checked_factor("longrope", found.factor)
+    except (OSError, ValueError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "another file"
         raise ValueError(
-            f"factors must be the file of a search, got {str(path)!r} ({error.strerror}); run anchor-attn rope search."
+            f"factors must be the factors.json of a search, got {str(path)!r} ({reason}); run anchor-attn rope search."
         ) from error
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,6 +102,7 @@ class Sequences:
     described: str
 
 
+@hub_retries_unsaid()
 def read_sequences(
     text: str, text_column: str, tokenizer: "Tokenizer", limit: int | None, length: int, count: int, seed: int
 ) -> Sequences:
@@ -113,6 +143,7 @@ def read_sequences(
     return Sequences(tokens, described)
 
 
+@hub_retries_unsaid()
 def load_model(model: str, dtype: str | None, seed: int) -> "tuple[PreTrainedModel, str]":
     """A causal model, and the name of its tokenizer.
 

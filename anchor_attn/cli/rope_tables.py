@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 
 from anchor_attn.rope.casts import Casts, equal_policies
-from anchor_attn.rope.inspection import RopeNow, name_pairs
+from anchor_attn.rope.inspection import RopeNow, RopeUnder, list_pairs, name_pairs
 from anchor_attn.rope.precision import RopePrecision
 from anchor_attn.rope.search.files import SearchResult
 
@@ -33,10 +33,23 @@ def describe_kind(now: RopeNow) -> str:
     )
 
 
-def pairs_table(now: RopeNow, records: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Table:
-    """A line a pair, or every so many of them, and both sides of where pairs stop turning once."""
-    methods = [method for method in methods if method != "default"]
-    columns = (["now"] if now.method != "default" else []) + methods
+def describe_search(result: SearchResult) -> str:
+    """What was found, in a line."""
+    low, high = result.factors[0], result.factors[-1]
+    return (
+        f"{result.factor:g} × {result.original_max_position_embeddings:,} tokens: λ from {low:.2f} to {high:.2f} over "
+        f"{len(result.factors)} pairs, n̂ {result.n_hat}, cos and sin × {result.attention_factor:.4f}"
+    )
+
+
+def pairs_table(now: RopeNow, under: Mapping[str, RopeUnder]) -> Table:
+    """A line a pair, or every so many of them, and both sides of where pairs stop turning once.
+
+    Its foot says how much each method scales cos and sin: "ntk_by_parts" and "yarn_paper" differ in nothing else.
+    """
+    records = list_pairs(now, under)
+    scales = {method: rope.attention_factor for method, rope in under.items() if method != "default"}
+    scales = ({"now": now.attention_factor} if now.method != "default" else {}) | scales
     apart = -(-len(records) // MOST_LINES)
     first = now.unturned_pairs[0] if now.unturned_pairs else 0
     shown = {*range(0, len(records), apart), len(records) - 1, first, max(0, first - 1)}
@@ -45,11 +58,13 @@ def pairs_table(now: RopeNow, records: Sequence[Mapping[str, Any]], methods: Seq
             str(pair),
             f"{records[pair]['wavelength_tokens']:,.1f}",
             f"{records[pair]['turns']:,.1f}" if records[pair]["turned_once"] else f"{records[pair]['turns']:.2f} *",
-            *(f"{records[pair][column]:.3f}" for column in columns),
+            *(f"{records[pair][column]:.3f}" for column in scales),
         )
         for pair in sorted(shown)
     ]
-    table = _table(("pair", "wavelength", "turns", *columns), rows)
+    foot = ("", "cos, sin ×", "", *(f"{scale:.3f}" for scale in scales.values()))
+    header = ("pair", "wavelength", "turns", *("\n_".join(column.rsplit("_", 1)) for column in scales))
+    table = _table(header, rows, foot=foot, gap=0)  # 70 columns; 85 with "now" and "longrope"
     whole = "" if apart == 1 else f"one pair of {apart}, all of them in rope.csv; "
     table.caption = f"{whole}* has not turned once in training" if now.unturned_pairs else whole.rstrip("; ") or None
     table.caption_justify = "left"
@@ -64,11 +79,19 @@ def casts_table(casts: Sequence[Casts]) -> Table:
             each.frequencies,
             _equal_to(each.table),
             _equal_to(each.rotation) if each.rotation else "not seen",
-            each.meaning if each.unseen is None else f"{each.meaning}: {each.unseen}",
         )
         for each in casts
     ]
-    return _table(("weights", "frequencies", "cos, sin as", "query, key as", "that is"), rows, "left")
+    return _table(("weights", "frequencies", "cos, sin as", "query, key as"), rows, "left")
+
+
+def describe_casts(casts: Sequence[Casts]) -> list[str]:
+    """What the lines of the table come to, equal ones together."""
+    names: dict[str, list[str]] = {}
+    for each in casts:
+        meaning = each.meaning if each.unseen is None else f"{each.meaning}: {each.unseen}"
+        names.setdefault(meaning, []).append(each.name)
+    return [f"{', '.join(own)}: {meaning}" for meaning, own in names.items()]
 
 
 def fitness_table(result: SearchResult) -> Table:
@@ -92,11 +115,19 @@ def _equal_to(apart: Mapping[RopePrecision, float]) -> str:
     return f"none ({nearest} {apart[nearest]:.0e} away)"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], justify: Any = "right") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
-    for place, cells in enumerate(zip(header, *rows, strict=True)):
+def _table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    justify: Any = "right",
+    foot: Sequence[str] | None = None,
+    gap: int = 1,
+) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, gap), pad_edge=False, show_edge=False, show_footer=bool(foot))
+    feet = [""] * len(header) if foot is None else foot
+    for place, cells in enumerate(zip(header, feet, *rows, strict=True)):
         # A number is never cut short: in a narrow terminal the table runs over its edge.
-        table.add_column(cells[0], justify=justify if place else "left", min_width=max(map(len, cells)))
+        width = max(len(line) for cell in cells for line in cell.split("\n"))
+        table.add_column(cells[0], cells[1], justify=justify if place else "left", min_width=width)
     for row in rows:
         table.add_row(*row)
     return table

@@ -48,7 +48,8 @@ def wrap(model: M, pattern: Pattern = "anchor", engine: str = "auto", rope_preci
         engine: as `anchor_attention`.
         rope_precision: of the rotation in packed forwards, from frequencies computed anew from the config: "model"
             (what the model does), "bfloat16" (cos, sin, query and key rounded to it), "float32" or "exact" (angles in
-            float64: position ten million is as good as 0). Without `document_ids` it is the model's own.
+            float64: position ten million is as good as 0). Without `document_ids` it is the model's own. Under dynamic
+            NTK "model" keeps transformers' memory of longer inputs; the others depend on this input alone.
 
     Returns:
         The same model.

@@ -4,6 +4,7 @@ frequencies   the formulas that transformers lacks
 checks        what `extend` was asked for, and the numbers that methods take
 methods       what each method writes into a config
 configs       what a config said before a method, and says after it
+own_types     rope types of ours, made known to transformers
 extension     `extend` and `load`: a method on a model or a config
 search        LongRoPE's search for factors
 rotary        a transformers model's own rotary modules

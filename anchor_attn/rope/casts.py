@@ -132,8 +132,8 @@ class _Rounded(Rotary):
     """A rotary module whose frequencies went through bfloat16."""
 
     def frequencies(self, seq_len: int | None = None) -> tuple[Tensor, float]:
-        inv_freq, scaling = super().frequencies(seq_len)
-        return inv_freq.bfloat16().float(), scaling
+        inv_freq, attention_factor = super().frequencies(seq_len)
+        return inv_freq.bfloat16().float(), attention_factor
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What is asked of an extension method, and the numbers that it takes: checked before anything is changed."""
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -68,22 +69,22 @@ class Extension:
         return self.target_len / length
 
 
-def _check_real(name: str, value: float) -> None:
+def _check_real(name: str, value: float, above: int) -> None:
     """Raise a TypeError unless a value is a real number."""
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}; pass one above 0.")
+        raise TypeError(f"{name} must be a number, got {shown(value)}; pass one above {above}.")
 
 
-def checked_number(name: str, value: float) -> float:
-    """A number above 0 and finite, as a float.
+def checked_number(name: str, value: float, above: int = 0) -> float:
+    """A number above another and finite, as a float.
 
     Raises:
         TypeError: not a number.
         ValueError: its value.
     """
-    _check_real(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be above 0 and finite, got {value}; pass such a number.")
+    _check_real(name, value, above)
+    if not above < value <= sys.float_info.max:  # as integers, some of which no float holds
+        raise ValueError(f"{name} must be above {above} and finite, got {value}; pass such a number.")
     return float(value)
 
 
@@ -94,7 +95,7 @@ def checked_factor(method: str, factor: float) -> float:
         TypeError: not a number.
         ValueError: its value.
     """
-    _check_real("factor", factor)
+    _check_real("factor", factor, 1)
     if not 1 < factor < math.inf and not (factor == 1 and method == "default"):
         raise ValueError(f"factor must be above 1 and finite, got {factor}; pass 8, say.")
     if factor > MOST_TIMES:
@@ -114,15 +115,27 @@ def checked_length(name: str, length: int) -> int:
     return int(length)
 
 
+def checked_theta(theta: float) -> float:
+    """A base that can be extended, as a float: above 1, where later pairs turn slower, which every method builds on.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: its value.
+    """
+    return checked_number("theta", theta, above=1)
+
+
 def checked_factors(name: str, factors: Sequence[float], pairs: int) -> list[float]:
     """Rescale factors, one a pair, above 0 and not falling, as floats.
+
+    Those of our search are at least 1. A list from elsewhere may speed a pair up, and transformers computes that.
 
     Raises:
         TypeError: no numbers.
         ValueError: how many they are, or one of them.
     """
-    if isinstance(factors, str) or not hasattr(factors, "__len__"):
-        raise TypeError(f"{name} must be a list of numbers, got {factors!r}; pass one a pair.")
+    if not isinstance(factors, Sequence) or isinstance(factors, str | bytes):
+        raise TypeError(f"{name} must be a list of numbers, got {shown(factors)}; pass one a pair.")
     if len(factors) != pairs:
         raise ValueError(f"{name} must hold a factor for each of {pairs} pairs, got {len(factors)}; pass {pairs}.")
     checked = [checked_number(f"{name}[{i}]", factor) for i, factor in enumerate(factors)]
@@ -133,6 +146,29 @@ def checked_factors(name: str, factors: Sequence[float], pairs: int) -> list[flo
                 "slower pair is interpolated at least as much as a faster one."
             )
     return checked
+
+
+def checked_flag(name: str, value: bool) -> bool:
+    """True or False themselves: the text "no" would be true.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}; pass one of them.")
+    return value
+
+
+def checked_layer_types(layer_types: Sequence[str]) -> tuple[str, ...]:
+    """Kinds of layers by their names.
+
+    Raises:
+        TypeError: no names, or one outside of a list, of which each letter would be taken for a name.
+    """
+    is_list = isinstance(layer_types, Sequence | Set) and not isinstance(layer_types, str | bytes)
+    if not is_list or not all(isinstance(layer_type, str) for layer_type in layer_types):
+        raise TypeError(f"layer_types must be a list of names, got {shown(layer_types)}; pass ['full_attention'], say.")
+    return tuple(layer_types)
 
 
 def checked_order(low_name: str, low: float, high_name: str, high: float) -> tuple[float, float]:
@@ -146,3 +182,9 @@ def checked_order(low_name: str, low: float, high_name: str, high: float) -> tup
     if low >= high:
         raise ValueError(f"{low_name} must be below {high_name}, got {low} and {high}; leave both out for the paper's.")
     return low, high
+
+
+def shown(value: Any) -> str:
+    """A value in one line, however long it is."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:80]} …"

@@ -23,6 +23,7 @@ from anchor_attn.rope.methods import (
     parameters_at_run_time,
     parameters_of,
 )
+from anchor_attn.rope.own_types import register
 
 RECORD = "anchor_attn_rope"
 FIELDS = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "head_dim")
@@ -77,12 +78,14 @@ def read_original(config: PreTrainedConfig, layer_type: str | None = None, lengt
             f"original_len must be given for a config of rope_type={rope_type!r}, which does not say it, got none; "
             "pass the tokens that the model was trained on."
         )
-    theta = parameters.get("rope_theta") or config.default_theta
+    theta = parameters.get("rope_theta")
+    theta = config.default_theta if theta is None else theta
     # A model may read more there for its own ends, as Ministral 3 does, and the original length with it.
     own = {name: value for name, value in parameters.items() if name not in METHOD_KEYS}
     if own.keys() - {"rope_theta", "partial_rotary_factor"} and "original_max_position_embeddings" in parameters:
         own["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
-    rotary_dim = int(_head_dim(config) * (own.get("partial_rotary_factor") or 1.0))
+    part = own.get("partial_rotary_factor")
+    rotary_dim = int(_head_dim(config) * (1.0 if part is None else part))
     return Original({**own, "rope_type": "default", "rope_theta": theta}, int(length or known), rotary_dim)
 
 
@@ -236,6 +239,8 @@ def _write(
         config.rope_parameters = full.get(None, {**before, **full})
 
     put(written)
+    if needs_us(config):
+        register()
     static = method not in ("dynamic", "longrope")
     if static and not _reads_back(config):  # Phi-3 knows no type but "longrope", which takes all of them
         written = {
@@ -264,6 +269,6 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 def _plain(value: Any) -> Any:
     """An option as JSON has it."""
-    if isinstance(value, bool | int | str):
+    if isinstance(value, bool | int):
         return value
-    return [float(part) for part in value] if hasattr(value, "__len__") else float(value)
+    return [float(part) for part in value] if isinstance(value, Sequence) else float(value)

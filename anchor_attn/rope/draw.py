@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from anchor_attn.rope.inspection import RopeNow
+from anchor_attn.page import require_matplotlib
+from anchor_attn.rope.inspection import RopeNow, RopeUnder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,42 +28,44 @@ STYLES: dict[str, dict[str, Any]] = {
 UNTURNED = {"color": "0.5", "alpha": 0.12, "linewidth": 0}
 
 
-def draw_methods_figure(now: RopeNow, ratios: Mapping[str, Tensor], factor: float, title: str) -> "Figure":
+def draw_methods_figure(now: RopeNow, under: Mapping[str, RopeUnder], factor: float, title: str) -> "Figure":
     """θ'/θ of all methods over the pairs, and the angle that a pair reaches at the target length.
 
     Args:
         now: of the model.
-        ratios: by method, as `compare_methods` gives them.
+        under: by method, as `compare_methods` gives it.
         factor: how many times the original length.
         title: above both panels.
 
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as missing:
-        raise ImportError("a picture needs matplotlib; pip install 'anchor-attn[plots]'.") from missing
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(12, 5.2), dpi=150, layout="constrained")
     slowed, reached = figure.subplots(1, 2)
     original = now.original
     target_len = round(original.length * factor)
     theta = original.inv_freq.double()
-    for method, ratio in ratios.items():
-        _draw_pairs(slowed, ratio, method)
-        _draw_pairs(reached, theta * ratio * target_len, method)
+    for method, rope in under.items():
+        label = _label(method, rope.attention_factor)
+        _draw_pairs(slowed, rope.ratio, method, label)
+        _draw_pairs(reached, theta * rope.ratio * target_len, method, label)
     present: list[Any] = []
     if now.method != "default":
         ratio = now.inv_freq.double() / theta
-        present = slowed.plot(ratio.tolist(), "x", color="0.2", markersize=4, label=f"now ({now.method})")
+        label = _label(f"now: {now.method}", now.attention_factor)
+        present = slowed.plot(ratio.tolist(), "x", color="0.2", markersize=4, label=label)
     seen = {"color": "black", "linestyle": ":", "linewidth": 1.8}
     reached.plot((theta * original.length).tolist(), label=f"seen in training, {original.length:,} tokens", **seen)
     reached.axhline(2 * math.pi, color="0.6", linewidth=0.8)
     reached.annotate("one turn", (0, 2 * math.pi), xytext=(0, 3), textcoords="offset points", color="0.4", fontsize=9)
     slowed.axhline(1 / factor, color="0.6", linewidth=0.8)
     slowed.set(title="how far a pair is slowed, θ'/θ", ylabel="θ'/θ", yscale="log")
-    slowed.set_yticks(ticks := [1 / factor, *(t for t in (0.25, 0.5, 1.0) if t > 1.2 / factor)], _labels(ticks, factor))
+    ticks = [1 / factor, *(tick for tick in (0.25, 0.5, 1.0) if tick > 1.2 / factor)]
+    slowed.set_yticks(ticks, [f"1/{1 / tick:g}" if tick < 1 else "1" for tick in ticks])
     slowed.minorticks_off()
     reached.set(title=f"angle at {target_len:,} tokens", ylabel="radians", yscale="log")
     for axes in (slowed, reached):
@@ -79,9 +82,10 @@ def draw_methods_figure(now: RopeNow, ratios: Mapping[str, Tensor], factor: floa
     return figure
 
 
-def _draw_pairs(axes: "Axes", values: Tensor, method: str) -> None:
-    axes.plot(values.tolist(), label=method, **{"linewidth": 1.5, **STYLES[method]})
+def _draw_pairs(axes: "Axes", values: Tensor, method: str, label: str) -> None:
+    axes.plot(values.tolist(), label=label, **{"linewidth": 1.5, **STYLES[method]})
 
 
-def _labels(ticks: list[float], factor: float) -> list[str]:
-    return [f"1/{factor:g}", *(f"{tick:g}" for tick in ticks[1:])]
+def _label(name: str, attention_factor: float) -> str:
+    """Methods with the same curve may still differ in how much they scale cos and sin."""
+    return name if attention_factor == 1 else f"{name} (cos, sin × {attention_factor:.3f})"

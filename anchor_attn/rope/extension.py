@@ -10,9 +10,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from anchor_attn.configs import configs_of, own_configs
-from anchor_attn.rope.checks import Extension
+from anchor_attn.rope.checks import Extension, checked_layer_types
 from anchor_attn.rope.configs import RECORD, adopt_config, at_run_time, extended, parameters_at, parts_of, read_original
-from anchor_attn.rope.methods import NEEDS_US, check_options, frequencies_of
+from anchor_attn.rope.methods import NEEDS_US, checked_options, frequencies_of
 from anchor_attn.rope.rotary import RotaryForm, adopt, keep_start, rebuilt, recognise, rotaries_of
 
 # Of `from_pretrained`, what says where the files are.
@@ -43,7 +43,13 @@ def extend(
     The model gets a config of its own and frequencies in float32; others built from the same config stay as they are.
 
     "dynamic", and "longrope" with a set for short inputs, choose by the length of the input: with continuous positions
-    a document's result then depends on what it is packed with (`chooses_by_length`).
+    a document's result then depends on what it is packed with (`chooses_by_length`). "dynamic" depends on earlier
+    inputs too, as transformers computes it: from the original length on, frequencies are those of the longest input
+    since one below it. `wrap(model, rope_precision="float32")`, or "exact", rotates packed inputs by their own length
+    alone.
+
+    The first n̂ positions take more than frequencies: a live model gets a hook for them, and `load` brings it back. A
+    config alone has none, so that building a model from it raises; extend the model instead.
 
     Args:
         model_or_config: of transformers; changed, and returned. A wrapped model stays wrapped.
@@ -55,23 +61,23 @@ def extend(
             never look farther than their window.
         options: of "default", theta; of "ntk_by_parts", "yarn" and "yarn_paper", beta_fast (32) and beta_slow (1), in
             turns, and of the last two attention_factor; of "yarn", mscale, mscale_all_dim and truncate as models are
-            published with them; of "longrope", factors (a list, or the file of a search, which says the others too),
-            short_factors for inputs up to the original length (the same factors), n_hat (0) and attention_factor; of
-            "llama3", low_freq_factor (1) and high_freq_factor (4).
+            published with them; of "longrope", factors (a list, a tensor, or the file of a search, which says the
+            others too), short_factors for inputs up to the original length (the same factors), n_hat (0) and
+            attention_factor; of "llama3", low_freq_factor (1) and high_freq_factor (4).
 
     Returns:
         The same model or config.
 
     Raises:
-        TypeError: no model or config of transformers, or an option that is no number.
+        TypeError: no model or config of transformers, or an option of the wrong type.
         ValueError: an unknown method or option, an invalid factor, a length below the original one, factors of the
             wrong length or falling, a config without rotary positions, or a rotary module that cannot be rebuilt;
             nothing is changed then.
     """
     config = _text_config(model_or_config)
+    options, layer_types = checked_options(method, options), checked_layer_types(layer_types)
     factor, original_len, options = _with_file(method, factor, target_len, original_len, options)
-    check_options(method, options)
-    changed = extended(config, Extension(method, factor, target_len, original_len, tuple(layer_types), options))
+    changed = extended(config, Extension(method, factor, target_len, original_len, layer_types, options))
     if isinstance(model_or_config, PreTrainedConfig):
         adopt_config(config, changed)
         return model_or_config
@@ -189,9 +195,9 @@ def _checked_forms(
         original = read_original(config, found.layer_type)
         longest = 2 * original.length
         forms[found.layer_type] = recognise(found)
-        expected, scaling = frequencies_of(parameters_at(config, found.layer_type), original, longest)
-        given, given_scaling = found.frequencies(longest)
-        if not torch.equal(given, expected) or given_scaling != scaling:
+        expected, attention_factor = frequencies_of(parameters_at(config, found.layer_type), original, longest)
+        given, given_factor = found.frequencies(longest)
+        if not torch.equal(given, expected) or given_factor != attention_factor:
             raise ValueError(
                 f"model must have a rotary module that computes what its config says, got {type(fresh).__name__}, "
                 "which gives other frequencies; set them yourself."

@@ -81,6 +81,25 @@ class RopeNow:
         }
 
 
+@dataclass(frozen=True)
+class RopeUnder:
+    """RoPE of the same layers at a longer length, as a method would have it.
+
+    Attributes:
+        ratio: θ'/θ of every pair, float64 [R/2].
+        attention_factor: on cos and sin.
+        n_hat: first positions that keep the original frequencies.
+    """
+
+    ratio: Tensor
+    attention_factor: float
+    n_hat: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """As a result file says it; the pairs are its records."""
+        return {"attention_factor": self.attention_factor, "n_hat": self.n_hat}
+
+
 def describe_rope(config: PreTrainedConfig, original_len: int | None = None) -> list[RopeNow]:
     """What a config says, for every kind of layer that has rotary positions.
 
@@ -103,29 +122,30 @@ def describe_rope(config: PreTrainedConfig, original_len: int | None = None) -> 
 
 
 def compare_methods(
-    original: Original, factor: float, searched: Sequence[float] | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """θ'/θ of every pair under every method, at the length that the factor asks for.
+    original: Original, factor: float, searched: Mapping[str, Any] | None = None
+) -> tuple[dict[str, RopeUnder], dict[str, str]]:
+    """What every method makes of RoPE at the length that the factor asks for.
 
     Args:
         original: RoPE before any extension.
         factor: how many times the original length, above 1.
-        searched: factors of "longrope", one a pair; without them that method is left out.
+        searched: options of "longrope", as `extend` takes them: factors, n_hat and attention_factor. Without them that
+            method is left out.
 
     Returns:
-        By method, float64 [R/2]; and by method that has no meaning here, why.
+        By method; and by method that has no meaning here, why.
 
     Raises:
-        ValueError: an invalid factor, or searched factors that do not fit.
+        TypeError, ValueError: an invalid factor, or searched options that do not fit.
     """
     checked_factor("linear", factor)
-    ratios, left_out = {}, {}
+    under, left_out = {}, {}
     for method in METHODS:
         if method == "longrope" and searched is None:
             continue
-        options: dict[str, Any] = {"factors": searched} if method == "longrope" else {}
+        options = dict(searched or {}) if method == "longrope" else {}
         try:
-            inv_freq, _ = method_frequencies(
+            inv_freq, attention_factor = method_frequencies(
                 method, original.theta, original.rotary_dim, original.length, factor, **options
             )
         except ValueError as error:
@@ -133,20 +153,21 @@ def compare_methods(
                 raise
             left_out[method] = str(error)
             continue
-        ratios[method] = inv_freq.double() / original.inv_freq.double()
-    return ratios, left_out
+        ratio = inv_freq.double() / original.inv_freq.double()
+        under[method] = RopeUnder(ratio, float(attention_factor), options.get("n_hat", 0))
+    return under, left_out
 
 
-def list_pairs(now: RopeNow, ratios: Mapping[str, Tensor | None]) -> list[dict[str, Any]]:
+def list_pairs(now: RopeNow, under: Mapping[str, RopeUnder | None]) -> list[dict[str, Any]]:
     """A record a pair: its wavelength in tokens, its turns in the original length, and θ'/θ now and by method.
 
     Args:
         now: of one kind of layer.
-        ratios: as `compare_methods` gives them; None for what this kind of layer is left out of.
+        under: as `compare_methods` gives it; None for a method that leaves this kind of layer as it is.
     """
     theta, pairs = now.original.inv_freq.double(), len(now.original.inv_freq)
     columns = {"now": (now.inv_freq.double() / theta).tolist()}
-    columns |= {name: [None] * pairs if ratio is None else ratio.tolist() for name, ratio in ratios.items()}
+    columns |= {method: [None] * pairs if rope is None else rope.ratio.tolist() for method, rope in under.items()}
     return [
         {
             "layer_type": now.layer_type,

@@ -25,12 +25,22 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from anchor_attn.masks.layout import checked_int
-from anchor_attn.rope.checks import checked_factor, checked_factors, checked_length, checked_number, checked_order
+from anchor_attn.rope.checks import (
+    checked_factor,
+    checked_factors,
+    checked_flag,
+    checked_length,
+    checked_number,
+    checked_order,
+    checked_theta,
+    shown,
+)
 from anchor_attn.rope.frequencies import by_parts, ntk_theta, rescale_factors, yarn_attention_factor
 from anchor_attn.rope.precision import inverse_frequencies
 
 # Its name says to plain transformers, which does not know it, what it lacks.
 NEEDS_US = "needs_anchor_attn_"
+LONGROPE_WITH_START = f"{NEEDS_US}longrope"
 
 Parameters = dict[str, Any]
 
@@ -88,8 +98,10 @@ def method_frequencies(
     Raises:
         TypeError, ValueError: as `extend`.
     """
-    check_options(method, options)
+    options = checked_options(method, options)
     factor, original_len = checked_factor(method, factor), checked_length("original_len", original_len)
+    if seq_len is not None:
+        checked_length("seq_len", seq_len)
     original = Original({"rope_type": "default", "rope_theta": theta}, original_len, rotary_dim)
     longest = round(original_len * factor) if seq_len is None else seq_len
     return frequencies_of(parameters_of(method, original, factor, options), original, longest)
@@ -99,8 +111,9 @@ def parameters_of(method: str, original: Original, factor: float, options: dict[
     """What a method writes in place of, or beside, the original parameters.
 
     Raises:
-        TypeError, ValueError: an option's value, or RoPE that has no frequencies: a base of 0, an odd size.
+        TypeError, ValueError: an option's value, or RoPE that cannot be extended: a base of 1 or less, an odd size.
     """
+    checked_theta(original.theta)
     inverse_frequencies(original.rotary_dim, original.theta)
     return METHODS[method](original, factor, **options)
 
@@ -124,21 +137,26 @@ def parameters_at_run_time(parameters: Parameters) -> Parameters:
     return {**shown, "rope_type": shown["rope_type"].removeprefix(NEEDS_US)}
 
 
-def check_options(method: str, options: dict[str, Any]) -> None:
-    """Raise a ValueError unless the method is known and has these options."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}; pass one of them.")
+def checked_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method, with lists and Python's numbers for tensors and arrays.
+
+    Raises:
+        ValueError: an unknown method, or an option that it has not.
+    """
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method must be one of {tuple(METHODS)}, got {shown(method)}; pass one of them.")
     known = [name for name in inspect.signature(METHODS[method]).parameters if name not in ("original", "factor")]
     if unknown := sorted(options.keys() - set(known)):
         has = f"of {tuple(known)}" if known else "left out"
         raise ValueError(f"options of method={method!r} must be {has}, got {', '.join(unknown)}; leave them out.")
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in options.items()}
 
 
 # --- each method's parameters ----------------------------------------------------------------------------------------
 
 
 def _default(original: Original, factor: float, theta: float | None = None) -> Parameters:
-    return {"rope_type": "default"} | ({} if theta is None else {"rope_theta": checked_number("theta", theta)})
+    return {"rope_type": "default"} | ({} if theta is None else {"rope_theta": checked_theta(theta)})
 
 
 def _linear(original: Original, factor: float) -> Parameters:
@@ -178,7 +196,7 @@ def _yarn(
         "beta_fast": fast,
         "beta_slow": slow,
         **{name: checked_number(name, value) for name, value in given.items() if value is not None},
-        **({} if truncate else {"truncate": False}),
+        **({} if checked_flag("truncate", truncate) else {"truncate": False}),
     }
 
 
@@ -190,8 +208,9 @@ def _yarn_paper(
     attention_factor: float | None = None,
 ) -> Parameters:
     parameters = _ntk_by_parts(original, factor, beta_fast, beta_slow)
-    scaling = yarn_attention_factor(factor) if attention_factor is None else attention_factor
-    return {**parameters, "attention_factor": checked_number("attention_factor", scaling)}
+    if attention_factor is None:
+        attention_factor = yarn_attention_factor(factor)
+    return {**parameters, "attention_factor": checked_number("attention_factor", attention_factor)}
 
 
 def _longrope(
@@ -207,8 +226,13 @@ def _longrope(
     pairs = original.rotary_dim // 2
     if checked_int(n_hat, "n_hat") < 0:
         raise ValueError(f"n_hat must be 0 or more positions, got {n_hat}; pass 0 to rescale all of them.")
+    if n_hat > original.length:
+        raise ValueError(
+            f"n_hat must be at most the original length of {original.length} tokens, got {n_hat}; no position beyond "
+            "it has a trained angle to keep."
+        )
     parameters = {
-        "rope_type": f"{NEEDS_US}longrope" if n_hat else "longrope",
+        "rope_type": LONGROPE_WITH_START if n_hat else "longrope",
         "factor": factor,
         "original_max_position_embeddings": original.length,
         "long_factor": checked_factors("factors", factors, pairs),

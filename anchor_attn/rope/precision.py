@@ -18,7 +18,6 @@ policies that promise a precision are opaque operators there; "model" promises n
 RoPE: https://arxiv.org/abs/2104.09864
 """
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PositionPolicy, check_position_policy, checked_int
+from anchor_attn.rope.checks import checked_number
 
 RopePrecision = Literal["model", "bfloat16", "float32", "exact"]
 ROPE_PRECISIONS: tuple[RopePrecision, ...] = ("model", "bfloat16", "float32", "exact")
@@ -51,19 +51,19 @@ def inverse_frequencies(rotary_dim: int, theta: float) -> Tensor:
         theta: the base.
 
     Raises:
+        TypeError: no numbers.
         ValueError: an odd or empty rotary_dim, or a theta that is no base.
     """
     rotary_dim = checked_int(rotary_dim, "rotary_dim")
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"rotary_dim must be even and at least 2, got {rotary_dim}; pass an even size.")
-    if not 0 < theta < math.inf:
-        raise ValueError(f"theta must be above 0 and finite, got {theta}; pass 10_000.0, or more for long contexts.")
+    checked_number("theta", theta)
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
     return 1.0 / theta**exponents
 
 
 def rotary_table(
-    position_ids: Tensor, inv_freq: Tensor, precision: RopePrecision, dtype: torch.dtype, scaling: float = 1.0
+    position_ids: Tensor, inv_freq: Tensor, precision: RopePrecision, dtype: torch.dtype, attention_factor: float = 1.0
 ) -> RotaryTable:
     """cos and sin of position × frequency.
 
@@ -74,7 +74,7 @@ def rotary_table(
         inv_freq: float32 [R/2], of `inverse_frequencies` or an extension method; on any device.
         precision: a policy of the module's table.
         dtype: of the hidden states; "model" rounds cos and sin to it.
-        scaling: the factor on cos and sin that YaRN and LongRoPE have.
+        attention_factor: on cos and sin; YaRN and LongRoPE have one.
 
     Returns:
         cos and sin [B, S, R/2] on the device of `position_ids`.
@@ -96,8 +96,8 @@ def rotary_table(
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating, got {dtype}; pass the dtype of the hidden states.")
     if precision != "model" and torch.compiler.is_compiling():
-        return RotaryTable(*_compiled_table(position_ids, inv_freq, precision, dtype, scaling))
-    return RotaryTable(*_table(position_ids, inv_freq, precision, dtype, scaling))
+        return RotaryTable(*_compiled_table(position_ids, inv_freq, precision, dtype, attention_factor))
+    return RotaryTable(*_table(position_ids, inv_freq, precision, dtype, attention_factor))
 
 
 def packed_rotary_table(
@@ -105,7 +105,7 @@ def packed_rotary_table(
     inv_freq: Tensor,
     precision: RopePrecision,
     dtype: torch.dtype,
-    scaling: float = 1.0,
+    attention_factor: float = 1.0,
     position_policy: PositionPolicy = "continuous",
 ) -> RotaryTable:
     """The table of a packed batch, made once and kept with the layout for all layers.
@@ -117,7 +117,7 @@ def packed_rotary_table(
         inv_freq: as `rotary_table`, on the host.
         precision: as `rotary_table`.
         dtype: as `rotary_table`.
-        scaling: as `rotary_table`.
+        attention_factor: as `rotary_table`.
         position_policy: "continuous" or "reset", as `PackedLayout.position_ids`.
 
     Returns:
@@ -133,9 +133,10 @@ def packed_rotary_table(
             position_ids = layout.position_ids("reset")
         else:
             position_ids = torch.arange(layout.seq_len, device=layout.device)[None]
-        return rotary_table(position_ids, inv_freq, precision, dtype, scaling)
+        return rotary_table(position_ids, inv_freq, precision, dtype, attention_factor)
 
-    key = ("rotary_table", tuple(inv_freq.tolist()), inv_freq.dtype, precision, dtype, scaling, position_policy)
+    frequencies = tuple(inv_freq.tolist()), inv_freq.dtype
+    key = ("rotary_table", *frequencies, precision, dtype, attention_factor, position_policy)
     return layout.plan(key, build)
 
 
@@ -197,7 +198,7 @@ def _check_rotation(states: Tensor, cos: Tensor, sin: Tensor, precision: str) ->
 
 
 def _table(
-    position_ids: Tensor, inv_freq: Tensor, precision: str, dtype: torch.dtype, scaling: float
+    position_ids: Tensor, inv_freq: Tensor, precision: str, dtype: torch.dtype, attention_factor: float
 ) -> tuple[Tensor, Tensor]:
     table_dtype = {"model": dtype, "bfloat16": torch.bfloat16, "float32": torch.float32}.get(
         precision, torch.promote_types(dtype, torch.float32)
@@ -209,7 +210,7 @@ def _table(
         # A float32 frequency times a position below 2^29 is exact in float64. Multiplied, not matmul'ed: autocast
         # would take a matmul to bfloat16.
         angles = position_ids.to(device)[..., None].to(angle_dtype) * inv_freq.to(device, angle_dtype)
-        cos, sin = (angles.cos() * scaling).to(table_dtype), (angles.sin() * scaling).to(table_dtype)
+        cos, sin = (angles.cos() * attention_factor).to(table_dtype), (angles.sin() * attention_factor).to(table_dtype)
     return cos.to(position_ids.device), sin.to(position_ids.device)
 
 
@@ -244,16 +245,16 @@ def _rotation(states: Tensor, cos: Tensor, sin: Tensor, precision: str, interlea
 
 @torch.library.custom_op("anchor_attn::rotary_table", mutates_args=())
 def _compiled_table(
-    position_ids: Tensor, inv_freq: Tensor, precision: str, dtype: torch.dtype, scaling: float
+    position_ids: Tensor, inv_freq: Tensor, precision: str, dtype: torch.dtype, attention_factor: float
 ) -> tuple[Tensor, Tensor]:
-    return _table(position_ids, inv_freq, precision, dtype, scaling)
+    return _table(position_ids, inv_freq, precision, dtype, attention_factor)
 
 
 @_compiled_table.register_fake
 def _(
-    position_ids: Tensor, inv_freq: Tensor, precision: str, dtype: torch.dtype, scaling: float
+    position_ids: Tensor, inv_freq: Tensor, precision: str, dtype: torch.dtype, attention_factor: float
 ) -> tuple[Tensor, Tensor]:
-    return _table(position_ids, inv_freq, precision, dtype, scaling)
+    return _table(position_ids, inv_freq, precision, dtype, attention_factor)
 
 
 @torch.library.custom_op("anchor_attn::apply_rotary", mutates_args=())

@@ -91,11 +91,11 @@ def recognise(rotary: Rotary) -> RotaryForm:
     """
     position_ids = torch.tensor([[0, 1, 2, 5]], device="cpu")
     try:
-        inv_freq, scaling = rotary.frequencies(seq_len=6)
+        inv_freq, attention_factor = rotary.frequencies(seq_len=6)
         given = rotary.table_as_built(position_ids)
     except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(_unrecognised(rotary, f"one that failed with {type(error).__name__}: {error}")) from error
-    table = rotary_table(position_ids, inv_freq, "model", torch.float32, scaling)
+    table = rotary_table(position_ids, inv_freq, "model", torch.float32, attention_factor)
     for form in ROTARY_FORMS:
         if _same(in_form(table, form), given):
             return form
@@ -151,8 +151,8 @@ def keep_start(rotary: Rotary, form: RotaryForm, inv_freq: Tensor, n_hat: int, l
     config: Any = rotary.module.config
     parameters = config.rope_parameters if rotary.layer_type is None else config.rope_parameters[rotary.layer_type]
     shortest = 0 if parameters["short_factor"] == parameters["long_factor"] else length + 1
-    _, scaling = rotary.frequencies()
-    hook = StartHook(rotary.layer_type, form, inv_freq, scaling, n_hat, shortest)
+    _, attention_factor = rotary.frequencies()
+    hook = StartHook(rotary.layer_type, form, inv_freq, attention_factor, n_hat, shortest)
     handle = rotary.module.register_forward_hook(hook, with_kwargs=True)
     vars(rotary.module).setdefault(START_HANDLES, []).append(handle)
 
@@ -164,18 +164,24 @@ class StartHook:
         layer_type: whose tables are changed.
         form: of these tables.
         inv_freq: float32 [R/2].
-        scaling: the factor on cos and sin, which all positions share.
+        attention_factor: on cos and sin, which all positions share.
         n_hat: positions.
         shortest: tokens of the shortest input that is changed.
     """
 
     def __init__(
-        self, layer_type: str | None, form: RotaryForm, inv_freq: Tensor, scaling: float, n_hat: int, shortest: int
+        self,
+        layer_type: str | None,
+        form: RotaryForm,
+        inv_freq: Tensor,
+        attention_factor: float,
+        n_hat: int,
+        shortest: int = 0,
     ):
         self._layer_type = layer_type
         self._form = form
         self._inv_freq = inv_freq
-        self._scaling = scaling
+        self._attention_factor = attention_factor
         self._n_hat = n_hat
         self._shortest = shortest
 
@@ -186,7 +192,7 @@ class StartHook:
             return output
         if self._inv_freq.device != position_ids.device:
             self._inv_freq = self._inv_freq.to(position_ids.device)
-        table = rotary_table(position_ids, self._inv_freq, "exact", torch.float32, self._scaling)
+        table = rotary_table(position_ids, self._inv_freq, "exact", torch.float32, self._attention_factor)
         is_start = (position_ids < self._n_hat) & (position_ids.max() >= self._shortest - 1)
         start = in_form(table, self._form)
         if isinstance(output, Tensor):
@@ -230,13 +236,15 @@ class TableHook:
     """A forward hook that gives a rotary module's table in a stated precision, while `is_on`.
 
     Methods that choose frequencies by the input's length read it from the positions, as transformers does, which syncs.
+    Of this input's: "dynamic" in transformers goes on with those of a longer input that came before.
     """
 
     def __init__(self, precision: RopePrecision):
         self.precision = precision
         self.is_on = True
         self._served: dict[str | None, tuple[Rotary, RotaryForm]] = {}
-        self._frequencies: dict[Any, tuple[Tensor, float]] = {}
+        # Of each kind of layer the last ones, and what they were made for.
+        self._frequencies: dict[str | None, tuple[tuple[Any, ...], Tensor, float]] = {}
 
     def serve(self, rotary: Rotary, form: RotaryForm) -> None:
         """Give the tables of one kind of layer."""
@@ -249,20 +257,20 @@ class TableHook:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         states, position_ids = next(iter(given.values())), given["position_ids"]
         rotary, form = self._served[given.get("layer_type")]
-        inv_freq, scaling = self._frequencies_for(rotary, position_ids)
-        return in_form(rotary_table(position_ids, inv_freq, self.precision, states.dtype, scaling), form)
+        inv_freq, attention_factor = self._frequencies_for(rotary, position_ids)
+        return in_form(rotary_table(position_ids, inv_freq, self.precision, states.dtype, attention_factor), form)
 
     def _frequencies_for(self, rotary: Rotary, position_ids: Tensor) -> tuple[Tensor, float]:
         config = rotary.module.config
         seq_len = int(position_ids.max()) + 1 if rotary.rope_type in BY_LENGTH else None
         read = repr(config.rope_parameters), config.max_position_embeddings
-        key = rotary.layer_type, position_ids.device, seq_len, read
-        if key not in self._frequencies:
-            inv_freq, scaling = rotary.frequencies(seq_len)
-            if seq_len is None:
-                self._frequencies.clear()
-            self._frequencies[key] = inv_freq.to(position_ids.device, non_blocking=True), scaling
-        return self._frequencies[key]
+        asked = position_ids.device, seq_len, read
+        kept = self._frequencies.get(rotary.layer_type)
+        if kept is None or kept[0] != asked:
+            inv_freq, attention_factor = rotary.frequencies(seq_len)
+            kept = asked, inv_freq.to(position_ids.device, non_blocking=True), attention_factor
+            self._frequencies[rotary.layer_type] = kept
+        return kept[1], kept[2]
 
 
 def in_form(table: RotaryTable, form: RotaryForm) -> Any:
@@ -279,7 +287,7 @@ def in_form(table: RotaryTable, form: RotaryForm) -> Any:
 
 
 def _same(ours: Any, given: Any) -> bool:
-    """Equal but for a rounding: a module may multiply by its scaling in another order."""
+    """Equal but for a rounding: a module may multiply by its attention factor in another order."""
     if isinstance(ours, Tensor) != isinstance(given, Tensor):
         return False
     pairs = [(ours, given)] if isinstance(ours, Tensor) else list(zip(ours, given, strict=False))

@@ -14,4 +14,4 @@ Source: https://arxiv.org/abs/2402.13753, section 3.2; needles, https://arxiv.or
 from anchor_attn.rope.search.files import SearchResult as SearchResult
 from anchor_attn.rope.search.loop import search_factors as search_factors
 from anchor_attn.rope.search.progressive import PROGRESSIVE as PROGRESSIVE
-from anchor_attn.rope.search.progressive import Stage as Stage
+from anchor_attn.rope.search.progressive import Leg as Leg

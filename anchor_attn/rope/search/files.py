@@ -124,9 +124,10 @@ class SearchState:
                 left["round"],
                 [{**record, "fitness": _number(record["fitness"])} for record in left["records"]],
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"checkpoint must be the state of a search, got {str(path)!r}, which is not; name a new file."
+                f"checkpoint must be the state of a search, got {str(path)!r} ({type(error).__name__}), which is not; "
+                "name a new file."
             ) from error
         ours = json.loads(json.dumps(settings))
         if other := [name for name in ours if state.settings.get(name) != ours[name]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from anchor_attn.rope.methods import METHODS, Original, frequencies_of
 from anchor_attn.rope.precision import RopePrecision, rotary_table
-from anchor_attn.rope.rotary import Rotary, RotaryForm, TableHook, called_with, in_form, recognise
+from anchor_attn.rope.rotary import Rotary, RotaryForm, StartHook, TableHook, called_with, in_form, recognise
 from anchor_attn.rope.search.evolution import Individual
 
 # Lower is better.
@@ -46,13 +46,13 @@ class TrialTables:
         self._served: dict[str | None, tuple[RotaryForm, Original]] = {
             rotary.layer_type: (recognise(rotary), original) for rotary, original in rotaries
         }
-        self._n_hat = 0
         self._frequencies: dict[str | None, tuple[Tensor, float]] = {}
+        self._starts: dict[str | None, StartHook] = {}
 
     def try_on(self, individual: Individual) -> None:
         """Give the tables of this individual from now on."""
-        self._n_hat = individual.n_hat
-        for layer_type, (_, original) in self._served.items():
+        self._starts.clear()
+        for layer_type, (form, original) in self._served.items():
             parameters = METHODS["longrope"](
                 original,
                 self._factor,
@@ -61,24 +61,23 @@ class TrialTables:
                 attention_factor=individual.attention_factor,
             )
             self._frequencies[layer_type] = frequencies_of(parameters, original)
+            if n_hat := individual.n_hat:
+                _, attention_factor = self._frequencies[layer_type]
+                self._starts[layer_type] = StartHook(layer_type, form, original.inv_freq, attention_factor, n_hat)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The table for the states and the positions that the module was called with."""
         states, position_ids, layer_type = called_with(*args, **kwargs)
         if layer_type not in self._served:
             return output
-        form, original = self._served[layer_type]
-        inv_freq, scaling = self._frequencies[layer_type]
+        form, _ = self._served[layer_type]
+        inv_freq, attention_factor = self._frequencies[layer_type]
         # A wrapped model states a precision for packed forwards, and in others computes as it did before.
         hooks = [hook for hook in module._forward_hooks.values() if isinstance(hook, TableHook) and hook.is_on]
         precision: RopePrecision = hooks[-1].precision if hooks else "model"
-        table = rotary_table(position_ids, inv_freq, precision, states.dtype, scaling)
-        if self._n_hat:
-            start = rotary_table(position_ids, original.inv_freq, "exact", torch.float32, scaling)
-            is_start = (position_ids < self._n_hat)[..., None]
-            pairs = zip(start, table, strict=True)
-            table = type(table)(*(torch.where(is_start, one.to(two.dtype), two) for one, two in pairs))
-        return in_form(table, form)
+        table = in_form(rotary_table(position_ids, inv_freq, precision, states.dtype, attention_factor), form)
+        keep_start = self._starts.get(layer_type)
+        return keep_start(module, args, kwargs, table) if keep_start else table
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from anchor_attn.masks.layout import checked_int
 from anchor_attn.results import describe_environment
+from anchor_attn.rope.checks import checked_layer_types, shown
 from anchor_attn.rope.search.evolution import N_HATS, Evolution, Individual, Space
 from anchor_attn.rope.search.files import SearchResult, SearchState
 from anchor_attn.rope.search.fitness import Fitness, TrialTables, on_trial, perplexity, plant_needles
@@ -105,10 +106,13 @@ def search_factors(
         progress: show a bar, on a terminal.
 
     Raises:
-        TypeError: a model that is not of transformers, tokens or counts that are no integers.
+        TypeError: a model that is not of transformers, tokens or counts that are no integers, other wrong types.
         ValueError: what `extend` would refuse, sequences that are too short, numbers that make no evolution, a fitness
             that is nowhere finite, a checkpoint of another search.
     """
+    layer_types = checked_layer_types(layer_types)
+    if not isinstance(checkpoint, str | Path | None):
+        raise TypeError(f"checkpoint must be a path, got {shown(checkpoint)}; name a file.")
     evolution = Evolution(population, mutations, crossovers, probability, parents)
     if checked_int(rounds, "rounds") < 0:
         raise ValueError(f"rounds must be 0 or more, got {rounds}; pass 40, as the paper.")
@@ -258,8 +262,11 @@ def _bar(progress: bool, individuals: int) -> Iterator[Callable[[SearchState], N
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if not (progress and console.is_terminal):
+        yield lambda state: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("search", total=individuals)
 
         def show(state: SearchState) -> None:

@@ -1,32 +1,33 @@
 """LongRoPE's way to 2048K tokens, of which no more than 256K are ever trained, as a preset.
 
-    stage   what                                   length   for LLaMA-2-7B, of 4K
+    leg     what                                   length   for LLaMA-2-7B, of 4K
     0, 1    search on the model as it is           128K, 256K
-    2       fine-tune with the factors of stage 0  128K     400 steps
-    3       go on with the factors of stage 1      256K     600 steps
+    2       fine-tune with the factors of leg 0    128K     400 steps
+    3       go on with the factors of leg 1        256K     600 steps
     4       search on the fine-tuned model         2048K    half the population
     5       search beside it for short inputs      4K
 
 With a model, its documents' tokens and your trainer that is
 
-    early = {}
-    for stage in PROGRESSIVE[:2]:
-        early[stage.length_tokens] = search_factors(model, sequences, checkpoint=…, **stage.search_options(4096))
-        early[stage.length_tokens].write(f"{stage.length_tokens}.json")
-    for stage in PROGRESSIVE[2:4]:
-        extend(model, "longrope", factors=f"{stage.length_tokens}.json")     replaces what was before
-        train(model, rows of stage.length_tokens, stage.steps, stage.learning_rate, stage.batch_rows)
+    for leg in PROGRESSIVE[:2]:
+        found = search_factors(model, sequences, checkpoint=…, **leg.search_options(4096))
+        found.write(f"{leg.length_tokens}.json")
+    for leg in PROGRESSIVE[2:4]:
+        extend(model, "longrope", factors=f"{leg.length_tokens}.json")     replaces what was before
+        train(model, rows of leg.length_tokens, leg.steps, leg.learning_rate, leg.batch_rows)
     long, short = PROGRESSIVE[4:]
     result = search_factors(model, longer_sequences, checkpoint=…, **long.search_options(4096))
     result = search_factors(model, sequences, result.factor, short_of=result)
     result.write("2048K.json")
     extend(model, "longrope", factors="2048K.json")
 
-`search_factors` finds by itself that the model of stage 4 is extended already, and starts from its present factors too.
+`search_factors` finds by itself that the model of leg 4 is extended already, and starts from its present factors too.
 The rows of 128K and more need sequence parallelism, and a search at 2048K several accelerators. The paper searches for
 short inputs of 4K and of 8K; transformers' "longrope" keeps one set for them, up to the original length.
 
-Source: https://arxiv.org/abs/2402.13753, sections 3.3 and 4.1.
+Source: https://arxiv.org/abs/2402.13753, section 3.3 for the legs, their lengths and steps; section 4.1 for the
+learning rate, the batch, and how many are born in a search, half of them beyond 512K. Ours: three sequences at 2048K,
+and 4K alone for short inputs.
 """
 
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step of the way.
+class Leg:
+    """One part of the way.
 
     Attributes:
         does: "search", "fine_tune", or "search_short".
@@ -45,7 +46,7 @@ class Stage:
         mutations: of a search.
         crossovers: of a search.
         steps: of a fine-tuning.
-        learning_rate: its peak, falling linearly to 0.
+        learning_rate: at its beginning; it falls linearly.
         batch_rows: rows of a step.
     """
 
@@ -62,16 +63,16 @@ class Stage:
     def search_options(self, original_len: int) -> dict[str, Any]:
         """What `search_factors` takes.
 
-            Stage("search", 131_072).search_options(4096)["factor"]      32.0
+            Leg("search", 131_072).search_options(4096)["factor"]      32.0
 
         Args:
             original_len: tokens that the model was trained on.
 
         Raises:
-            ValueError: a stage that does not search for longer inputs.
+            ValueError: a leg that does not search for longer inputs.
         """
         if self.does != "search":
-            raise ValueError(f"does must be 'search' for options of a search, got {self.does!r}; take another stage.")
+            raise ValueError(f"does must be 'search' for options of a search, got {self.does!r}; take another leg.")
         return {
             "factor": self.length_tokens / original_len,
             "population": self.population,
@@ -81,10 +82,10 @@ class Stage:
 
 
 PROGRESSIVE = (
-    Stage("search", 128 * 1024),
-    Stage("search", 256 * 1024),
-    Stage("fine_tune", 128 * 1024, steps=400),
-    Stage("fine_tune", 256 * 1024, steps=600),
-    Stage("search", 2048 * 1024, sequences=3, population=32, mutations=8, crossovers=8),
-    Stage("search_short", 4 * 1024),
+    Leg("search", 128 * 1024),
+    Leg("search", 256 * 1024),
+    Leg("fine_tune", 128 * 1024, steps=400),
+    Leg("fine_tune", 256 * 1024, steps=600),
+    Leg("search", 2048 * 1024, sequences=3, population=32, mutations=8, crossovers=8),
+    Leg("search_short", 4 * 1024),
 )

@@ -20,6 +20,7 @@ from anchor_attn.rope.search.inputs import text_config
 
 # The paper's, under our names.
 STARTS = ("linear", "ntk", "yarn")
+ROUNDING = 1e-6  # of float32 frequencies, relative
 
 Rotaries = Sequence[tuple[Rotary, Original]]
 
@@ -81,8 +82,8 @@ def long_problem(
     if attention_factor is not None:
         fixed = checked_number("attention_factor", attention_factor)
         starts = {name: replace(start, attention_factor=fixed) for name, start in starts.items()}
-    scalings = tuple(sorted({start.attention_factor for start in starts.values()}))
-    space = Space(reach * factor, step, values, scalings)
+    attention_factors = tuple(sorted({start.attention_factor for start in starts.values()}))
+    space = Space(reach * factor, step, values, attention_factors)
     return Problem("long", starts, space, target_len)
 
 
@@ -169,8 +170,8 @@ def check_extends(
     copied = copy.deepcopy(config)
     extend(copied, "longrope", factor, original_len=original_len, layer_types=layer_types, factors=ones)
     if max(n_hats) > 0:
-        try:
-            extend(copied, "longrope", factor, layer_types=layer_types, factors=ones, n_hat=max(n_hats))
+        try:  # any will do: too large ones are left out of the search
+            extend(copied, "longrope", factor, layer_types=layer_types, factors=ones, n_hat=1)
         except ValueError as error:
             raise ValueError(
                 f"n_hats must be (0,) for {type(model).__name__}, whose config holds no n̂, got {tuple(n_hats)}; "
@@ -195,23 +196,33 @@ def long_starts(
         if method not in METHODS or method in (*BY_LENGTH, "default"):
             choice = tuple(name for name in METHODS if name not in (*BY_LENGTH, *STARTS, "default"))
             raise ValueError(f"extra_starts must be some of {choice}, got {method!r}; leave it out.")
-        inv_freq, scaling = frequencies_of(METHODS[method](original, factor), original, target_len)
-        starts[method] = Individual(_factors(original, inv_freq), 0, float(scaling))
-    inv_freq, scaling = rotary.frequencies(seq_len=target_len)
+        inv_freq, own = frequencies_of(METHODS[method](original, factor), original, target_len)
+        starts[method] = Individual(_factors(original, inv_freq), 0, float(own))
+    inv_freq, own = rotary.frequencies(seq_len=target_len)
     factors = _factors(original, inv_freq)
     if max(factors) > 1:
         record = getattr(text_config(model), RECORD, None) or {}
         n_hat = record.get("options", {}).get("n_hat") or 0
-        starts["present"] = Individual(factors, n_hat, float(scaling))
+        starts["present"] = Individual(factors, n_hat, float(own))
         stretch = max(1.0, factor / max(factors))
-        starts["interpolated"] = Individual(tuple(stretch * value for value in factors), n_hat, float(scaling))
+        starts["interpolated"] = Individual(tuple(stretch * value for value in factors), n_hat, float(own))
     return starts
 
 
 def _factors(original: Original, inv_freq: Tensor) -> tuple[float, ...]:
-    """λ of every pair, at least 1 and never falling; float32 frequencies give 16.000001 and 15.999999 for 16."""
+    """λ of every pair, at least 1 and never falling; float32 frequencies give 16.000001 and 15.999999 for 16.
+
+    Raises:
+        ValueError: a model that has others.
+    """
     factors = [1.0]
-    for value in rescale_factors(original.inv_freq, inv_freq):
+    for pair, value in enumerate(rescale_factors(original.inv_freq, inv_freq)):
+        if value < factors[-1] * (1 - ROUNDING):
+            raise ValueError(
+                "model must have factors of at least 1 that never fall, to start from, got "
+                f"{value:.6g} behind {factors[-1]:.6g} at pair {pair}; extend it by another method first, "
+                "extend(model, 'yarn', factor=8), say."
+            )
         near = round(value, 2)
-        factors.append(max(factors[-1], near if abs(value - near) <= 1e-6 * value else value))
+        factors.append(max(factors[-1], near if abs(value - near) <= ROUNDING * value else value))
     return tuple(factors[1:])
