@@ -51,7 +51,6 @@ def read_config(model: str) -> "PreTrainedConfig":
     from transformers import AutoConfig, LlamaConfig
 
     from anchor_attn.rope.own_types import register
-
     from anchor_attn.train.items import one_line
     from anchor_attn.train.presets import SIZES
 
