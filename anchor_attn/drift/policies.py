@@ -35,6 +35,8 @@ DTYPES: Mapping[Rounding, torch.dtype] = {
 }
 # A float32 frequency has 24 bits: times a position below 2^29 it is exact in float64.
 POSITION_LIMIT = 2**29
+# Of tokens that are rotated at once, so that what is in between stays small.
+STRETCH = 1024
 
 
 @dataclass(frozen=True)
@@ -164,30 +166,41 @@ def rotate(x: Tensor, position_ids: Tensor, states: States, policy: Policy) -> T
         states: whose frequencies and layout of pairs are meant.
         policy: what the first four stages are rounded to.
     """
+    turned = torch.empty(x.shape, dtype=DTYPES[policy.storage])
+    for start in range(0, x.shape[-2], STRETCH):
+        part = slice(start, start + STRETCH)
+        turned[..., part, :] = _rotated(x[..., part, :], position_ids[part], states, policy)
+    return turned
+
+
+def _rotated(x: Tensor, position_ids: Tensor, states: States, policy: Policy) -> Tensor:
     cos, sin = rotary_tables(position_ids, states.inv_freq, policy, states.attention_factor)
     wide = torch.promote_types(torch.promote_types(cos.dtype, DTYPES[policy.rotation]), torch.float32)
     cos, sin = cos.to(wide), sin.to(wide)
     before, first, second, after = states.split(rounded(x, policy.rotation).to(wide))
 
     def add(one: Tensor, two: Tensor) -> Tensor:  # native arithmetic of the rotation's dtype: each step is rounded
-        return rounded(rounded(one, policy.rotation) + rounded(two, policy.rotation), policy.rotation)
+        return rounded(rounded(one, policy.rotation) + rounded(two, policy.rotation), policy.rotation).to(wide)
 
-    turned = states.join(
-        before,
-        add((first * cos).to(wide), (-second * sin).to(wide)).to(wide),
-        add((second * cos).to(wide), (first * sin).to(wide)).to(wide),
-        after,
-    )
+    turned = states.join(before, add(first * cos, -second * sin), add(second * cos, first * sin), after)
     return rounded(turned, policy.storage)
+
+
+def read(x: Tensor, policy: Policy) -> Tensor:
+    """Stored query or key as it is multiplied: rounded to the accumulation, in the dtype of its sums."""
+    x = rounded(x, policy.accumulation)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def multiply(query: Tensor, key: Tensor, scale: float, policy: Policy) -> Tensor:
     """Scores of stored query and key, scaled, float64 [H, Q, K]."""
-    rounding = policy.accumulation
-    query, key = (rounded(x, rounding) for x in (query, key))
-    summed = torch.promote_types(query.dtype, torch.float32)
-    products = query.to(summed) @ key.to(summed).mT
-    return rounded(products, rounding if rounding != "tf32" else "float32").double() * scale
+    return multiply_read(read(query, policy), read(key, policy), scale, policy)
+
+
+def multiply_read(query: Tensor, key: Tensor, scale: float, policy: Policy) -> Tensor:
+    """The same of query and key that were `read`: once, where many queries meet the same keys."""
+    products = query @ key.mT
+    return rounded(products, policy.accumulation if policy.accumulation != "tf32" else "float32").double() * scale
 
 
 def weigh(scores: Tensor, visible: Tensor, policy: Policy, sinks: Tensor | None = None) -> Tensor:
@@ -206,4 +219,6 @@ def weigh(scores: Tensor, visible: Tensor, policy: Policy, sinks: Tensor | None 
         weights = torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = scores.softmax(dim=-1)
-    return rounded(weights.nan_to_num(0.0), policy.softmax).double()  # a query without keys has no weights
+    if not visible.any(-1).all():
+        weights = weights.nan_to_num(0.0)  # a query without keys has no weights
+    return rounded(weights, policy.softmax).double()

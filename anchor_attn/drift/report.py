@@ -14,8 +14,9 @@ class DriftRecord:
         stage: measured alone, in float64; None for the whole policy.
         shift: of all positions.
         layer: of the model; None for states of none.
-        by: "all" pairs, or those of a "head", of a stretch of "distance" or of "key" places.
-        low: first head, distance or place.
+        by: "all" pairs, or those of a "head", of a stretch of "distance" or of "key" places; "pair" is what one
+            frequency pair adds to scores, of a sample.
+        low: first head, distance, place or frequency pair.
         high: last.
         pairs: how many of a query and a key.
         mean_abs: mean of |drift|.
@@ -25,6 +26,7 @@ class DriftRecord:
         mean_value: mean |score| or weight in float64, unshifted: of the attention to these pairs.
         share: of all |drift| of this policy and shift.
         floor: mean_abs of float64, of the same pairs.
+        predicted: mean_abs that rounding is expected to cause; of scores by "all", "head" and "key", else None.
     """
 
     level: str
@@ -43,6 +45,7 @@ class DriftRecord:
     mean_value: float
     share: float | None
     floor: float
+    predicted: float | None = None
 
     def record(self) -> dict[str, Any]:
         """As a result file has it."""

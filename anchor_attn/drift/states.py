@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from anchor_attn.drift.memory import check_memory
 from anchor_attn.masks.layout import checked_int
 from anchor_attn.rope.precision import inverse_frequencies
 
@@ -58,6 +59,8 @@ class States:
             x = getattr(self, name)
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 raise TypeError(f"{name} must be a floating tensor, got {_kind(x)}; pass states before rotation.")
+            if x.device.type != "cpu":
+                raise ValueError(f"{name} must be on the CPU, got {x.device}; move it with {name}.cpu().")
             if x.ndim != 4:
                 raise ValueError(
                     f"{name} must have shape [B, H, S, D], got {list(x.shape)}; add the missing dimensions with [None]."
@@ -133,12 +136,13 @@ def random_states(
         seed: of the numbers.
 
     Raises:
-        ValueError: sizes that are none.
+        ValueError: sizes that are none, or that the memory at hand does not hold.
     """
     for name, value in (("seq_len", seq_len), ("num_heads", num_heads)):
         if checked_int(value, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}; pass 2048 tokens, or 1 head.")
     inv_freq = inverse_frequencies(head_dim, theta)
+    check_memory(seq_len, head_dim, num_heads)
     draw = torch.Generator().manual_seed(seed)
     shape = (1, num_heads, seq_len, head_dim)
     query, key = (torch.randn(shape, generator=draw).bfloat16() for _ in range(2))

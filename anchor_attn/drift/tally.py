@@ -8,7 +8,9 @@ Of distances and of keys alike, so that the first token stands alone.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -53,6 +55,8 @@ class Sums:
 class Pairs:
     """The pairs of a block of queries with all keys that can see each other, and where each belongs.
 
+    Of one query the keys of a bin of distances stand side by side, so that their sum is that of a stretch.
+
     Args:
         visible: bool [Q, K].
         rows: the queries' places, int64 [Q].
@@ -61,18 +65,18 @@ class Pairs:
     """
 
     def __init__(self, visible: Tensor, rows: Tensor, distances: Bins, keys: Bins) -> None:
-        self.visible = visible
+        self.visible, self.hidden = visible, ~visible
         self.keys = keys
         self._per_key = visible.sum(dim=0).double()
-        apart = (rows[:, None] - torch.arange(visible.shape[1], device=rows.device))[visible]
-        places = distances.place(apart)
-        self._order = torch.argsort(places, stable=True)
-        self._per_distance = torch.bincount(places, minlength=len(distances))
+        self._starts, self._places = _stretches(rows, visible.shape[1], distances)
+        self._distances = len(distances)
+        per_stretch = np.add.reduceat(visible.flatten().to(torch.int64).numpy(), self._starts)
+        self._per_distance = np.bincount(self._places, per_stretch, minlength=self._distances)
 
     @property
     def count(self) -> int:
         """How many."""
-        return int(self._per_distance.sum())
+        return int(self._per_key.sum())
 
     def tally(self, magnitudes: Tensor, heads: slice, tallies: "Tallies") -> None:
         """Add the magnitudes of one block.
@@ -95,12 +99,35 @@ class Pairs:
             tallies.by["key"].add(
                 slice(place, place + 1), h * self._per_key[part].sum(), total.sum(), square.sum(), largest.max()
             )
-        sorted_pairs = magnitudes[:, self.visible][:, self._order]
-        for place, part in enumerate(sorted_pairs.split(self._per_distance.tolist(), dim=1)):
-            if part.shape[1]:
-                tallies.by["distance"].add(
-                    slice(place, place + 1), part.numel(), part.sum(), part.square().sum(), part.max()
-                )
+        for one, its_squares in zip(magnitudes, squares, strict=True):
+            found = (self._per_distance, self._summed(one), self._summed(its_squares), self._largest(one))
+            tallies.by["distance"].add(slice(None), *(torch.from_numpy(x) for x in found))
+
+    def _summed(self, values: Tensor) -> NDArray[np.float64]:
+        """By distance, float64 [N]."""
+        summed = np.zeros(self._distances)
+        np.add.at(summed, self._places, np.add.reduceat(values.flatten().numpy(), self._starts))
+        return summed
+
+    def _largest(self, values: Tensor) -> NDArray[np.float64]:
+        """By distance, float64 [N]."""
+        largest = np.zeros(self._distances)
+        with np.errstate(invalid="ignore"):  # nan is told of later, with the policy's name
+            np.maximum.at(largest, self._places, np.maximum.reduceat(values.flatten().numpy(), self._starts))
+        return largest
+
+
+def _stretches(rows: Tensor, keys: int, distances: Bins) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each stretch of one query and one bin begins in a flat [Q, K], and its bin.
+
+    row 5 of 7 keys      0 1 | 2 3 | 4 | 5 6       distances 5–4, 3–2, 1, and 0 with the future, which nobody sees
+    """
+    low, high = (torch.tensor(bounds) for bounds in zip(*distances.bounds(), strict=True))
+    starts = (rows[:, None] - high.flip(0)).clamp_min(0)  # far bins stand first
+    exists = rows[:, None] >= low.flip(0)
+    places = torch.arange(len(distances)).flip(0).expand_as(starts)
+    flat = starts + torch.arange(len(rows))[:, None] * keys
+    return flat[exists].numpy(), places[exists].numpy()
 
 
 class Tallies:

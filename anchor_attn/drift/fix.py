@@ -1,0 +1,217 @@
+"""Which `rope_precision` of `wrap` takes the drift away: the same states, or the same model, under each.
+
+    rope_precision    angles     cos and sin    rotation       query and key, as attention reads them
+    "model"           float32    the model's    the model's    the model's
+    "bfloat16"        float32    bfloat16       bfloat16       the model's
+    "float32"         float32    float32        float32        the model's
+    "exact"           float64    float32        float32        the model's
+
+The last column no setting changes: what it rounds, stays.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anchor_attn.drift.findings import ALIKE, brief, name_shift
+from anchor_attn.drift.measure import QUERIES, measure_drift
+from anchor_attn.drift.policies import DTYPES, Policy, Rounding
+from anchor_attn.drift.report import DriftReport
+from anchor_attn.drift.result import DriftResult
+from anchor_attn.drift.sections import Section
+from anchor_attn.drift.states import States
+from anchor_attn.masks import PackedLayout
+from anchor_attn.rope.precision import ROPE_PRECISIONS, RopePrecision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BEFORE: RopePrecision = "model"
+FIXED_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class FixRecord:
+    """What a shift changes under one setting.
+
+    Attributes:
+        rope_precision: of `wrap`.
+        shift: of all positions.
+        mean_abs: mean |drift| of scores.
+        ratio: of it to that of "model".
+        logits_mean_abs: of the wrapped model itself, mean |difference| of the logits; None of no model.
+        kl_nats: mean over tokens of KL(unshifted ‖ shifted); None of no model.
+    """
+
+    rope_precision: str
+    shift: int
+    mean_abs: float
+    ratio: float | None
+    logits_mean_abs: float | None = None
+    kl_nats: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As a result file has it."""
+        return asdict(self)
+
+
+def policy_of(rope_precision: RopePrecision, dtype: torch.dtype) -> Policy:
+    """What a setting of `wrap` comes to in a model of a dtype.
+
+        policy_of("exact", torch.bfloat16)      angles float64, table and rotation float32, storage bfloat16
+
+    Raises:
+        ValueError: a dtype that RoPE has no such settings for.
+    """
+    own = str(dtype).removeprefix("torch.")
+    if own not in FIXED_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(FIXED_DTYPES)}, got {own}; pass a model of one of them.")
+    stored: Rounding = next(rounding for rounding in DTYPES if rounding == own)
+    rotated: dict[RopePrecision, Rounding] = {"model": stored, "bfloat16": "bfloat16"}
+    turned = rotated.get(rope_precision, "float32")
+    return Policy(
+        rope_precision,
+        angles="float64" if rope_precision == "exact" else "float32",
+        table=turned,
+        rotation=turned,
+        storage=stored,
+        accumulation="float32",
+        softmax="float32",
+    )
+
+
+def measure_fix(
+    states: Sequence[States],
+    shifts: Sequence[int],
+    *,
+    queries: int | None = QUERIES,
+    model: "PreTrainedModel | None" = None,
+    input_ids: Tensor | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[list[FixRecord], DriftResult]:
+    """The drift of scores under every setting of `wrap`, and with a model the model's own change of logits.
+
+    Args:
+        states: a layer each, of one dtype.
+        shifts: Δ, each at least 1.
+        queries: as `measure_drift`.
+        model: that the states are of; it comes back unwrapped.
+        input_ids: that it reads, int64 [B, S].
+        say: told what is being done.
+
+    Returns:
+        A record a setting and shift, and the measurement of the scores with the stages of each.
+    """
+    policies = [policy_of(precision, states[0].query.dtype) for precision in ROPE_PRECISIONS]
+    report: DriftReport = measure_drift(states=list(states), policies=policies, shifts=shifts, queries=queries)
+    result = DriftResult.of({states[0].seq_len: report})
+    logits: dict[tuple[str, int], dict[str, float]] = {}
+    if model is not None and input_ids is not None:
+        logits = _measure_wrapped(model, input_ids, result.shifts, say)
+    records = []
+    for precision in ROPE_PRECISIONS:
+        for shift in result.shifts:
+            before, after = (result.at(name, shift).mean_abs for name in (BEFORE, precision))
+            ratio = after / before if before else None
+            of_model = logits.get((precision, shift), {})
+            records.append(
+                FixRecord(precision, shift, after, ratio, of_model.get("logits_mean_abs"), of_model.get("kl_nats"))
+            )
+    return records, result
+
+
+def describe_fix(records: Sequence[FixRecord], result: DriftResult) -> list[str]:
+    """Which setting to take, before and after, and what no setting changes."""
+    of = {(record.rope_precision, record.shift): record for record in records}
+    shifts = result.shifts
+    better = [
+        precision
+        for precision in ROPE_PRECISIONS
+        if any(of[BEFORE, shift].mean_abs > ALIKE * of[precision, shift].mean_abs for shift in shifts)
+    ]
+    if not better:
+        return [
+            f"No rope_precision takes {100 - 100 / ALIKE:.0f} % off it at any of these shifts: leave wrap(model) as it "
+            f"is. {_what_stays(result, BEFORE)}"
+        ]
+    least = min(of[precision, shifts[-1]].mean_abs for precision in better)
+    # Of those that are alike at the largest shift the last: it is alike at larger ones too.
+    best = [precision for precision in better if of[precision, shifts[-1]].mean_abs <= ALIKE * least][-1]
+    changes = [
+        f"{brief(of[BEFORE, shift].mean_abs)} → {brief(of[best, shift].mean_abs)} at +{name_shift(shift)}"
+        for shift in dict.fromkeys((shifts[0], shifts[-1]))
+    ]
+    said = [f'wrap(model, rope_precision="{best}") takes the drift of scores from {", ".join(changes)}.']
+    logits = [of[precision, shifts[-1]].logits_mean_abs for precision in (BEFORE, best)]
+    if logits[0] is not None and logits[1] is not None:
+        changed = (
+            "less" if logits[0] > ALIKE * logits[1] else "more" if logits[1] > ALIKE * logits[0] else "no clear change"
+        )
+        said.append(
+            f"The model's own logits then move by {brief(logits[1])} instead of {brief(logits[0])} at "
+            f"+{name_shift(shifts[-1])}: {changed}. The rest of the model rounds as before."
+        )
+    return [*said, _what_stays(result, best)]
+
+
+def fix_section(records: Sequence[FixRecord], result: DriftResult) -> Section:
+    """Settings × shifts, before and after."""
+    of = {(record.rope_precision, record.shift): record for record in records}
+    rows = []
+    for precision in ROPE_PRECISIONS:
+        own = [of[precision, shift] for shift in result.shifts]
+        rows.append([f'"{precision}"', *(brief(record.mean_abs) for record in own)])
+        if own[0].logits_mean_abs is not None:
+            rows.append(["  logits", *(brief(record.logits_mean_abs) for record in own)])
+    return Section(
+        "The fix: mean |Δ score| under each rope_precision of wrap",
+        ("rope_precision", *(f"+{name_shift(shift)}" for shift in result.shifts)),
+        rows,
+        '"model" is before',
+        describe_fix(records, result),
+        "fix",
+        [record.record() for record in records],
+    )
+
+
+def _what_stays(result: DriftResult, precision: str) -> str:
+    """The stage that makes most of what is left under a setting."""
+    shift = result.shifts[-1]
+    left = result.at(precision, shift).mean_abs
+    stages = {r.stage: r.mean_abs for r in result.pooled[result.lengths[-1]]
+              if (r.policy, r.shift, r.by, r.level) == (precision, shift, "all", "scores") and r.stage}  # fmt: skip
+    worst = max(stages, key=lambda stage: stages[stage])
+    whose = "query and key as they are stored, which no setting changes" if worst == "storage" else worst
+    return f"What stays, {brief(left)} at +{name_shift(shift)}, is mostly of {whose}: alone {brief(stages[worst])}."
+
+
+def _measure_wrapped(
+    model: "PreTrainedModel", input_ids: Tensor, shifts: Sequence[int], say: Callable[[str], None]
+) -> dict[tuple[str, int], dict[str, float]]:
+    """The wrapped model on one document behind the anchor, which is plain causal attention, at moved positions."""
+    from anchor_attn.drift.shifted import _logits
+    from anchor_attn.hf.wrapping import unwrap, wrap
+
+    ids = input_ids.to(model.device)
+    batch, seq_len = ids.shape
+    layout = PackedLayout.from_lengths([[seq_len - 1]] * batch).to(ids.device)
+    still_ids = torch.arange(seq_len, device=ids.device)[None].expand(batch, -1)
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    model.eval()
+    for precision in ROPE_PRECISIONS:
+        say(f"wrapped, rope_precision {precision!r}")
+        wrap(model, rope_precision=precision)
+        try:
+            with torch.no_grad():
+                still, *moved = (
+                    model(input_ids=ids, position_ids=still_ids + shift, document_ids=layout, use_cache=False).logits
+                    for shift in (0, *shifts)
+                )
+        finally:
+            unwrap(model)
+        for shift, logits in zip(shifts, moved, strict=True):
+            found[precision, shift] = _logits(still, logits)
+    return found
