@@ -8,6 +8,7 @@ import typer
 
 from anchor_attn.cli.bench import bench_command
 from anchor_attn.cli.compare import compare_command
+from anchor_attn.cli.drift import drift_command
 from anchor_attn.cli.mask import mask_command
 from anchor_attn.cli.probe import probe_command
 from anchor_attn.cli.rope import rope_app
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("compare")(compare_command)
+app.command("drift")(drift_command)
 app.command("probe")(probe_command)
 app.command("bench")(bench_command)
 app.command("mask")(mask_command)

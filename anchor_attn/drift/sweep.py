@@ -8,14 +8,20 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any
 
+from anchor_attn.drift.findings import name_shift
 from anchor_attn.drift.measure import SHIFTS, measure_drift
-from anchor_attn.drift.policies import Policy
+from anchor_attn.drift.policies import FP64, Policy
 from anchor_attn.drift.report import DriftRecord
+from anchor_attn.drift.sections import Section
 from anchor_attn.drift.states import random_states
 from anchor_attn.rope.checks import checked_number
 from anchor_attn.rope.methods import METHODS, method_frequencies
 
 BASES = (1e4, 5e5, 5e6, 1e7, 5e7)
+ORIGINAL_LEN, FACTOR = 8192, 16.0  # to 128K
+SEQ_LEN = 2048
+QUERIES = 128
+SHOWN = ("bf16_cos_sin", "fp32_rotation", "exact", "fp32")  # of all policies; the files have the others
 # All but "longrope", whose factors are a model's own, and "dynamic", which at one length is another base.
 SWEPT_METHODS = tuple(method for method in METHODS if method not in ("longrope", "dynamic"))
 
@@ -47,13 +53,13 @@ def sweep_drift(
     bases: Sequence[float] = BASES,
     methods: Sequence[str] = SWEPT_METHODS,
     *,
-    original_len: int = 8192,
-    factor: float = 16.0,
+    original_len: int = ORIGINAL_LEN,
+    factor: float = FACTOR,
     policies: Sequence[str | Policy] | None = None,
     shifts: Sequence[int] = SHIFTS,
-    seq_len: int = 2048,
+    seq_len: int = SEQ_LEN,
     head_dim: int = 128,
-    queries: int = 128,
+    queries: int | None = QUERIES,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[SweptRecord]:
@@ -62,7 +68,7 @@ def sweep_drift(
     Args:
         bases: theta.
         methods: of `extend`, each at `factor`.
-        original_len: tokens that methods start from; with the factor 8,192 · 16 = 128K.
+        original_len: tokens that methods start from.
         factor: above 1.
         policies: as `measure_drift`.
         shifts: as `measure_drift`.
@@ -89,3 +95,23 @@ def sweep_drift(
             report = measure_drift(states=states, policies=policies, shifts=shifts, queries=queries, stages=False)
             swept += [SweptRecord(base, method, attention_factor, record) for record in report.select()]
     return swept
+
+
+def sweep_sections(swept: Sequence[SweptRecord]) -> list[Section]:
+    """A table a policy: bases and methods × shifts, in per cent of the mean |score|, which YaRN makes larger."""
+    shifts = sorted({record.drift.shift for record in swept})
+    found = {(record.drift.policy, record.method, record.base, record.drift.shift): record.drift for record in swept}
+    sections = []
+    policies = [policy for policy in dict.fromkeys(record.drift.policy for record in swept) if policy != FP64.name]
+    for policy in [policy for policy in policies if policy in SHOWN] or policies:
+        rows = [
+            [method, f"{base:,.0f}", *(_percent(found[policy, method, base, shift].relative) for shift in shifts)]
+            for method, base in dict.fromkeys((record.method, record.base) for record in swept)
+        ]
+        heading = f"{policy}: mean |Δ score| in % of the mean |score|"
+        sections.append(Section(heading, ["method", "base", *map(name_shift, shifts)], rows))
+    return sections
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2g}"

@@ -1,0 +1,50 @@
+"""`anchor-attn drift --sweep`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from anchor_attn.cli.drift_run import Asked
+
+
+def run_sweep(asked: "Asked", out: Path, environment: dict[str, Any], as_json: bool) -> None:
+    """Every base and every extension method, on the same random query and key.
+
+    Args:
+        asked: of whose options policies, shifts, lengths, queries, theta and seed are read.
+        out: folder of sweep.json and sweep.csv.
+        environment: of the result files.
+        as_json: print sweep.json instead of the tables.
+    """
+    from anchor_attn.cli.drift_tables import print_sections
+    from anchor_attn.drift.sweep import BASES, FACTOR, ORIGINAL_LEN, SEQ_LEN, sweep_drift, sweep_sections
+    from anchor_attn.results import write_csv, write_json
+
+    seq_len = asked.lengths[0] if asked.lengths else SEQ_LEN
+    swept = sweep_drift(
+        bases=BASES if asked.theta is None else (asked.theta,),
+        policies=asked.policies,
+        shifts=asked.shifts,
+        seq_len=seq_len,
+        queries=asked.queries,
+        seed=asked.seed,
+    )
+    meta = {
+        **environment,
+        "seq_len": seq_len,
+        "queries": asked.queries,
+        "original_len": ORIGINAL_LEN,
+        "factor": FACTOR,
+    }
+    records = [record.record() for record in swept]
+    write_json(out / "sweep.json", {"meta": meta, "records": records})
+    write_csv(out / "sweep.csv", records, meta)
+    if as_json:
+        typer.echo((out / "sweep.json").read_text(encoding="utf-8"), nl=False)
+        return
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    print_sections(console, sweep_sections(swept))
+    console.print(f"\nWritten: {out / 'sweep.json'}, {out / 'sweep.csv'}")
