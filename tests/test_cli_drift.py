@@ -594,7 +594,7 @@ def test_it_explains_its_options(run):
 
 def test_a_sweep_has_every_base_and_method(run, tmp_path):
     code, out, _ = run(
-        "--sweep", "--lengths", "32", "--queries", "4", "--shifts", "1000", "--policies", "fp32", "--out", "swept"
+        "--sweep", "--lengths", "32", "--queries", "8", "--shifts", "130k", "--policies", "fp32", "--out", "swept"
     )
 
     assert code == 0
