@@ -3,6 +3,7 @@
 import logging
 import math
 from functools import cache
+from typing import overload
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from anchor_attn.engines import reference, varlen
 from anchor_attn.engines.choice import check_engine, choose_route
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.patterns import Pattern, check_pattern
+from anchor_attn.parallel.layout import ShardedLayout
 from anchor_attn.request import Request, create_call
 
 logger = logging.getLogger("anchor_attn")
@@ -19,7 +21,7 @@ def anchor_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: PackedLayout,
+    layout: PackedLayout | ShardedLayout,
     pattern: Pattern = "anchor",
     engine: str = "auto",
     scale: float | None = None,
@@ -38,7 +40,7 @@ def anchor_attention(
         query: [B, H, S, D].
         key: [B, K, S, D]; H must be a multiple of K (grouped heads).
         value: [B, K, S, V].
-        layout: the packed batch, on the tensors' device.
+        layout: the packed batch, or a rank's part of it, on the tensors' device.
         pattern: "full" (causal over the row), "intra_doc" (own document) or "anchor" (own document and the anchor).
         engine: "reference" (dense, the oracle), "flex" (FlexAttention; on a CPU without gradients), "varlen" (a
             document at a time), one of them with its kernel or form ("varlen/flash_attn_2", "flex/merge"), or "auto",
@@ -61,9 +63,26 @@ def anchor_attention(
             or engine, or one that has not what is asked for.
         ImportError: a named kernel that cannot be called here.
     """
+    if isinstance(layout, ShardedLayout):
+        from anchor_attn.parallel.ulysses import attend_sharded  # calls this function for each part
+
+        return attend_sharded(
+            query,
+            key,
+            value,
+            layout,
+            pattern=pattern,
+            engine=engine,
+            scale=scale,
+            softcap=softcap,
+            sliding_window=sliding_window,
+            keep_anchor=keep_anchor,
+            sinks=sinks,
+            dropout=dropout,
+        )
     check_pattern(layout, pattern, sliding_window)
     check_engine(engine)
-    _check_tensors(query, key, value, layout, sinks)
+    check_tensors(query, key, value, layout, sinks)
     check_scoring(scale, softcap, dropout)
     request = Request(
         pattern=pattern,
@@ -85,12 +104,16 @@ def anchor_attention(
     return varlen.attend(query, key, value, layout, request, route)
 
 
-def as_layout(document_ids: PackedLayout | Tensor) -> PackedLayout:
+@overload
+def as_layout(document_ids: PackedLayout | Tensor) -> PackedLayout: ...
+@overload
+def as_layout(document_ids: PackedLayout | ShardedLayout | Tensor) -> PackedLayout | ShardedLayout: ...
+def as_layout(document_ids: PackedLayout | ShardedLayout | Tensor) -> PackedLayout | ShardedLayout:
     """The layout itself, or the checked layout of a tensor of ids.
 
     Ids that count documents from 0 are legal, and something else: their first document is then every other's anchor.
     """
-    if isinstance(document_ids, PackedLayout):
+    if isinstance(document_ids, PackedLayout | ShardedLayout):
         return document_ids
     layout = PackedLayout.from_document_ids(document_ids)
     if layout.anchor_tokens > 1:
@@ -116,7 +139,10 @@ def check_scoring(scale: float | None, softcap: float | None, dropout: float) ->
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}; pass 0.0 for no dropout.")
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, sinks: Tensor | None) -> None:
+def check_tensors(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout | ShardedLayout, sinks: Tensor | None
+) -> None:
+    """Raise a ValueError unless the tensors fit each other and the layout."""
     for name, states in (("query", query), ("key", key), ("value", value)):
         if states.ndim != 4:
             raise ValueError(

@@ -15,6 +15,7 @@ from anchor_attn.engines.choice import check_engine
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PositionPolicy, check_position_policy, checked_int
 from anchor_attn.masks.patterns import Pattern, check_pattern
+from anchor_attn.parallel.layout import ShardedLayout
 from anchor_attn.rope.precision import (
     RopePrecision,
     RotaryTable,
@@ -128,7 +129,7 @@ class AnchorAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        document_ids: PackedLayout | Tensor,
+        document_ids: PackedLayout | ShardedLayout | Tensor,
         position_ids: Tensor | None = None,
         rotary: RotaryTable | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
@@ -173,7 +174,7 @@ class AnchorAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         hidden_dtype: torch.dtype,
-        document_ids: PackedLayout | Tensor,
+        document_ids: PackedLayout | ShardedLayout | Tensor,
         position_ids: Tensor | None,
         rotary: RotaryTable | tuple[Tensor, Tensor] | None,
     ) -> Tensor:
@@ -202,7 +203,7 @@ class AnchorAttention(nn.Module):
 
     def _rotary_table(
         self,
-        layout: PackedLayout,
+        layout: PackedLayout | ShardedLayout,
         dtype: torch.dtype,
         position_ids: Tensor | None,
         rotary: RotaryTable | tuple[Tensor, Tensor] | None,
@@ -219,10 +220,12 @@ class AnchorAttention(nn.Module):
         if rotary is not None or self.rope_theta is None:
             return rotary
         inv_freq = inverse_frequencies(self.rotary_dim, self.rope_theta)
-        if position_ids is None:
+        if position_ids is None and isinstance(layout, PackedLayout):
             return packed_rotary_table(
                 layout, inv_freq, self.rope_precision, dtype, position_policy=self.position_policy
             )
+        if position_ids is None:
+            position_ids = layout.position_ids(self.position_policy)
         return rotary_table(position_ids.reshape(-1, layout.seq_len), inv_freq, self.rope_precision, dtype)
 
     def extra_repr(self) -> str:
@@ -281,7 +284,9 @@ def _check_options(module: AnchorAttention) -> None:
     check_scoring(module.scale, module.softcap, module.dropout)
 
 
-def _checked_layout(document_ids: PackedLayout | Tensor, states: Tensor) -> PackedLayout:
+def _checked_layout(
+    document_ids: PackedLayout | ShardedLayout | Tensor, states: Tensor
+) -> PackedLayout | ShardedLayout:
     """The layout of [B, K, S, D] states."""
     given = as_layout(document_ids)
     layout = given if given is document_ids else given.to(states.device)
@@ -299,7 +304,7 @@ def _checked_layout(document_ids: PackedLayout | Tensor, states: Tensor) -> Pack
     return layout
 
 
-def _check_position_ids(position_ids: Tensor, layout: PackedLayout) -> None:
+def _check_position_ids(position_ids: Tensor, layout: PackedLayout | ShardedLayout) -> None:
     if not isinstance(position_ids, Tensor):
         raise TypeError(
             f"position_ids must be a torch tensor, got {type(position_ids).__name__}; wrap it in torch.tensor(…)."
