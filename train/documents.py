@@ -151,7 +151,7 @@ def read_documents(
         found = embedded()
     elif str(source) and Path(source).exists():
         found = read_path(Path(source), text_column)
-    elif isinstance(source, str) and _HUB_NAME.fullmatch(source) and not _FILE_SUFFIX.search(source):
+    elif isinstance(source, str) and is_hub_name(source):
         found = read_hub(source, subset, split, text_column)
     else:
         raise FileNotFoundError(
@@ -160,6 +160,11 @@ def read_documents(
         )
     python_version = platform.python_version() if embedded is not None else None
     return _collect(found, str(source), text_column, limit, python_version)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this may be the name of a hub dataset: "name" or "owner/name", without the suffix of a file."""
+    return bool(_HUB_NAME.fullmatch(name)) and not _FILE_SUFFIX.search(name)
 
 
 def text_fault(text: object) -> str | None:

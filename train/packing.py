@@ -166,7 +166,8 @@ def pack_documents(
         ValueError: a row too short for the anchor and one token, an unknown cut, no token at all, or a token id
             outside the vocabulary; the message names the document.
     """
-    room = _checked_room(seq_len, anchor_tokens, cut, max_rows)
+    room = check_room(seq_len, anchor_tokens)
+    _check_cut(cut, max_rows)
     tokenizer = load_tokenizer("bytes" if tokenizer is None else tokenizer)
     stream = token_stream(documents, tokenizer)
     empty = tuple(stream.names(np.flatnonzero(stream.lengths == 0).tolist()))
@@ -259,8 +260,12 @@ def _report(
     )
 
 
-def _checked_room(seq_len: int, anchor_tokens: int, cut: str, max_rows: int | None) -> int:
-    """Document tokens a row."""
+def check_room(seq_len: int, anchor_tokens: int) -> int:
+    """Document tokens a row.
+
+    Raises:
+        ValueError: a row too short for the anchor and one token.
+    """
     if anchor_tokens < 0:
         raise ValueError(f"anchor_tokens must be at least 0, got {anchor_tokens}; pass 1 for the paper's anchor.")
     if seq_len < anchor_tokens + 1:
@@ -268,8 +273,11 @@ def _checked_room(seq_len: int, anchor_tokens: int, cut: str, max_rows: int | No
             f"seq_len must be at least {anchor_tokens + 1} (anchor_tokens={anchor_tokens} and one token), "
             f"got {seq_len}; raise seq_len."
         )
+    return seq_len - anchor_tokens
+
+
+def _check_cut(cut: str, max_rows: int | None) -> None:
     if cut not in CUTS:
         raise ValueError(f"cut must be one of {CUTS}, got {cut!r}; pass one of them.")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}; pass None to pack everything.")
-    return seq_len - anchor_tokens

@@ -5,10 +5,27 @@ import re
 from collections.abc import Iterator
 from glob import escape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anchor_attn.train.items import TOKENS, Found, Skipped, one_line
 
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+
+
+class SourceFile(NamedTuple):
+    """A file to read, and what is in it: "json" (JSON Lines), "parquet" or "text"."""
+
+    name: str
+    path: Path
+    format: str
+
+    @property
+    def compressed(self) -> bool:
+        """Whether it has to be read from its front."""
+        return self.path.suffix.lower() in _COMPRESSED
 
 
 def read_path(path: Path, text_column: str) -> Iterator[Found | Skipped]:
@@ -17,19 +34,29 @@ def read_path(path: Path, text_column: str) -> Iterator[Found | Skipped]:
     Raises:
         ValueError: a file of rows that cannot be read to its end.
     """
+    for file in list_files(path):
+        if isinstance(file, Skipped):
+            yield file
+        else:
+            yield from _read_file(file.path, file.name, text_column)
+
+
+def list_files(path: Path) -> Iterator[SourceFile | Skipped]:
+    """A file, or the visible files of a folder in the order of their paths; where any holds rows, no plain text."""
     if not path.is_dir():
-        yield from _read_file(path, path.name, text_column)
+        yield SourceFile(path.name, path, _file_format(path))
         return
     files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if not file.is_dir()}
     visible = [name for name in sorted(files) if not re.search(r"(^|/)\.", name)]
     has_rows = any(_file_format(files[name]) != "text" for name in visible)
     for name in visible:
+        file_format = _file_format(files[name])
         if not files[name].is_file():
             yield Skipped(name, "not a regular file")
-        elif has_rows and _file_format(files[name]) == "text":
+        elif has_rows and file_format == "text":
             yield Skipped(name, "text file in a folder of rows")
         else:
-            yield from _read_file(files[name], name, text_column)
+            yield SourceFile(name, files[name], file_format)
 
 
 def _file_format(path: Path) -> str:
@@ -87,18 +114,24 @@ def _decoded(name: str, file: str, data: bytes) -> Found | Skipped:
 
 def _json_rows(path: Path, file: str) -> Iterator[Found | Skipped]:
     for number, line in enumerate(_stream_bytes(path, "line"), start=1):
-        name = f"{file}:{number}"
-        item = _decoded(name, file, line)
-        if isinstance(item, Found):
-            if not str(item.content).strip():
-                continue
-            try:
-                row = json.loads(str(item.content))
-            except (ValueError, RecursionError):
-                item = Skipped(name, "not JSON")
-            else:
-                item = Found(name, file, row) if isinstance(row, dict) else Skipped(name, "not a JSON object")
-        yield item
+        name, row = f"{file}:{number}", json_row(line)
+        if row is not None:
+            yield Skipped(name, row) if isinstance(row, str) else Found(name, file, row)
+
+
+def json_row(line: bytes) -> dict[str, Any] | str | None:
+    """What a line of JSON Lines holds: a row, why it is none, or None where it is blank."""
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    if not text or text.isspace():
+        return None
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return "not JSON"
+    return row if isinstance(row, dict) else "not a JSON object"
 
 
 def _parquet_rows(path: Path, file: str, text_column: str) -> Iterator[Found | Skipped]:
@@ -118,15 +151,31 @@ def read_hub(name: str, subset: str | None, split: str, text_column: str) -> Ite
     Raises:
         ValueError: the hub does not give it.
     """
+    rows = load_hub(name, subset, split, text_column)
+    try:
+        yield from (Found(f"{name}:{number}", name, row) for number, row in enumerate(rows, start=1))
+    except Exception as error:  # datasets, huggingface_hub, pyarrow and the network each have their own
+        raise _hub_error(name, subset, split, error) from error
+
+
+def load_hub(name: str, subset: str | None, split: str, text_column: str) -> "IterableDataset":
+    """A dataset of the hub, to be streamed, with the columns that are read.
+
+    Raises:
+        ValueError: the hub does not give it.
+    """
     from datasets import load_dataset
 
     try:
         rows = load_dataset(name, subset, split=split, streaming=True)
         wanted = [column for column in (text_column, TOKENS) if column in (rows.column_names or ())]
-        rows = rows.select_columns(wanted) if wanted else rows
-        yield from (Found(f"{name}:{number}", name, row) for number, row in enumerate(rows, start=1))
-    except Exception as error:  # datasets, huggingface_hub, pyarrow and the network each have their own
-        raise ValueError(
-            f"source must be a path or a dataset that the hub can give, got {name!r} ({one_line(error)}); "
-            f"check the name, split={split!r}, subset={subset!r} and the network."
-        ) from error
+        return rows.select_columns(wanted) if wanted else rows
+    except Exception as error:
+        raise _hub_error(name, subset, split, error) from error
+
+
+def _hub_error(name: str, subset: str | None, split: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"source must be a path or a dataset that the hub can give, got {name!r} ({one_line(error)}); "
+        f"check the name, split={split!r}, subset={subset!r} and the network."
+    )
