@@ -208,7 +208,7 @@ def _trl_packers(dataset: "Dataset", seq_len: int) -> list[Packer]:
     from pyarrow import compute
 
     try:
-        from trl import pack_dataset  # type: ignore[import-not-found]
+        from trl import pack_dataset
     except ImportError:
         return []
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn import Embedding
 
 from anchor_attn.train.items import one_line
@@ -46,7 +47,15 @@ def check_model(name: str) -> None:
         _read_config(name)
 
 
-def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id: int) -> "PreTrainedModel":
+def create_model(
+    name: str,
+    vocab_size: int,
+    max_positions: int,
+    anchor_token_id: int,
+    *,
+    scratch: bool = False,
+    dtype: torch.dtype | None = None,
+) -> "PreTrainedModel":
     """A causal language model, freshly initialised from torch's seed or read from a checkpoint.
 
     Args:
@@ -55,13 +64,18 @@ def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id
         vocab_size: of the tokenizer. A size and a config file take it over; a checkpoint must be at least as large.
         max_positions: longest row in tokens; a size is made for it, a learned table of positions must reach it.
         anchor_token_id: becomes the BOS id of a size.
+        scratch: take a checkpoint's config alone, and draw its weights.
+        dtype: of the weights; float32, and of a checkpoint what it was saved in, when None.
 
     Raises:
         ValueError: an unknown name, a config that does not read or build, a checkpoint with a smaller vocabulary, or
             too few learned positions.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+    from anchor_attn.rope.extension import load
+
+    drawn = {} if dtype is None else {"dtype": dtype}
     if name in SIZES:
         size = LlamaConfig(
             **SIZES[name],
@@ -71,14 +85,14 @@ def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id
             eos_token_id=None,
             pad_token_id=None,
         )
-        return AutoModelForCausalLM.from_config(size)
+        return AutoModelForCausalLM.from_config(size, **drawn)
     if name.endswith(".json"):
         config = _read_config(name)
         config.vocab_size = vocab_size
         # Those of the file belong to its own vocabulary.
         config.bos_token_id, config.eos_token_id, config.pad_token_id = anchor_token_id, None, None
         try:
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, **drawn)
         except Exception as error:  # whatever another library's model makes of a config
             raise ValueError(
                 f"model must be a config that a causal language model can be built from, got {name!r} "
@@ -87,7 +101,10 @@ def create_model(name: str, vocab_size: int, max_positions: int, anchor_token_id
         _check_positions(model, name, max_positions)
         return model
     try:
-        model = AutoModelForCausalLM.from_pretrained(name)
+        if scratch:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), **drawn)
+        else:
+            model = load(name, **drawn)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model must be one of {', '.join(SIZES)}, a config file (*.json), or a checkpoint's name or folder, "

@@ -126,11 +126,11 @@ def run_arm(spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: Sequence
     # A BOS per document makes rows longer, by one token a document at most: positions must reach there.
     max_positions = spec.seq_len * (2 if spec.arm.bos_per_document else 1)
     model = create_model(spec.model, spec.vocab_size, max_positions, spec.anchor_token_id)
-    _check_rope(model, spec.arm.position_policy)
+    check_rope(model, spec.arm.position_policy)
     wrap(model, pattern=spec.arm.pattern, engine=spec.engine, rope_precision=spec.arm.rope_precision)
     collator = collator_of(spec)
     training = _train(spec, model, rows, collator)
-    peak_bytes = _peak_bytes(spec.device)
+    peak = peak_bytes(spec.device)
     model.eval()
     packed_losses = measure_loss(model, packed, collator, spec.dtype)
     own_losses = measure_loss(model, alone, collator, spec.dtype)
@@ -156,20 +156,21 @@ def run_arm(spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: Sequence
         "held_out_loss_by_position": alone_losses.by_position(),
         "attended_pairs": float(np.mean(training.pairs)),
         "pairs_of_full": float(np.sum(training.pairs) / np.sum(training.full_pairs)),
-        "peak_bytes": peak_bytes,
+        "peak_bytes": peak,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "curve": curve,
     }
 
 
-def _check_rope(model: "PreTrainedModel", position_policy: PositionPolicy) -> None:
+def check_rope(model: "PreTrainedModel", position_policy: PositionPolicy) -> None:
     """Raise a ValueError where a document would be rotated by what it is packed with."""
     from anchor_attn.rope import chooses_by_length
 
     if position_policy == "continuous" and chooses_by_length(model):
         raise ValueError(
             f"position_policy must be 'reset' for RoPE that is chosen by the input's length, got 'continuous' for "
-            f"{type(model).__name__}; add +reset to the arm, or extend the model by a method that is not."
+            f"{type(model).__name__}; let positions begin again with every document (+reset in an "
+            "arm's name, positions: reset in a config), or extend the model by a method that is not."
         )
 
 
@@ -308,7 +309,7 @@ def measure_loss(
     return TokenLosses(torch.cat(nats), torch.cat(places))
 
 
-def _peak_bytes(device: str) -> int:
+def peak_bytes(device: str) -> int:
     """CUDA's peak, or the peak resident size of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()

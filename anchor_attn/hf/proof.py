@@ -154,9 +154,11 @@ def _forward(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         output = model(input_ids=input_ids, document_ids=layout, use_cache=False)
     finally:
         handle.remove()
-    if output[0].shape[:2] != input_ids.shape:
+    # A mixture of experts that is asked for its router's loss answers with that first.
+    answer = output["logits"] if "logits" in output else output[0]
+    if answer.shape[:2] != input_ids.shape:
         raise ValueError("its head answers once a row, and rows hold several documents")
-    return torch.cat([output[0], *states], dim=-1).double()
+    return torch.cat([answer, *states], dim=-1).double()
 
 
 @contextmanager
