@@ -10,8 +10,10 @@ from anchor_attn.cli.bench import bench_command
 from anchor_attn.cli.compare import compare_command
 from anchor_attn.cli.drift import drift_command
 from anchor_attn.cli.mask import mask_command
+from anchor_attn.cli.plan import plan_command
 from anchor_attn.cli.probe import probe_command
 from anchor_attn.cli.rope import rope_app
+from anchor_attn.cli.train import train_command
 from anchor_attn.results import CheckError
 
 # Newer releases of typer carry a click of their own, older ones import it: the class is found, not imported.
@@ -31,6 +33,8 @@ app.command("drift")(drift_command)
 app.command("probe")(probe_command)
 app.command("bench")(bench_command)
 app.command("mask")(mask_command)
+app.command("plan")(plan_command)
+app.command("train")(train_command)
 app.add_typer(rope_app, name="rope")
 
 
