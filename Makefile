@@ -36,7 +36,7 @@ test-all: $(READY)
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	rm -rf build/types && $(BIN)/pip install --quiet --no-deps --target build/types .
+	rm -rf build && $(BIN)/pip install --quiet --no-deps --target build/types .
 	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p anchor_attn
 	$(BIN)/python -m pytest -q tests/test_docs.py
 

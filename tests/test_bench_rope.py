@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from anchor_attn.bench import rope
 from anchor_attn.bench.rope import Course, Evidence, Plan, bench_rope, train_rows
 from anchor_attn.bench.rope_findings import judge
-from anchor_attn.bench.rope_readings import MethodReading, MethodReadings, Windows, half_width
+from anchor_attn.bench.rope_readings import MethodReading, MethodReadings, Windows
 from anchor_attn.bench.rope_report import draw_readings_figure, table_rows, write_markdown
 from anchor_attn.cli import bench_rope as bench_rope_command
 from anchor_attn.cli import main
@@ -158,11 +158,6 @@ def test_dynamic_reads_short_windows_after_long_ones_as_if_it_were_new(model):
     new = evidence.windows.nats(extend(fresh, "dynamic", 2), 64)
 
     assert tuned[1].window_nats == new != stale
-
-
-def test_an_interval_needs_three_windows():
-    assert half_width([1.0, 2.0]) is None
-    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------

@@ -13,9 +13,12 @@ from families import tiny_model
 
 from anchor_attn.cli import drift_run, main
 from anchor_attn.cli.drift_input import read_numbers
-from anchor_attn.drift import DriftReport, States, draw, measure_drift, page, random_states
-from anchor_attn.drift.findings import brief, describe_findings, name_shift
-from anchor_attn.drift.fix import describe_fix, measure_fix, policy_of
+from anchor_attn.drift import DriftReport, States, measure_drift, random_states
+from anchor_attn.drift.models.fix import measure_fix, policy_of
+from anchor_attn.drift.pages import draw, page
+from anchor_attn.drift.pages.choice_sections import describe_fix
+from anchor_attn.drift.pages.findings import describe_findings
+from anchor_attn.drift.pages.numbers import brief, name_shift
 from anchor_attn.drift.policies import rotate
 from anchor_attn.drift.result import DriftResult, exceeding, measure_lengths, pool_layers
 from anchor_attn.rope.precision import ROPE_PRECISIONS, apply_rotary, rotary_table
@@ -273,7 +276,7 @@ def test_a_model_is_measured_layer_by_layer_and_as_a_whole(run, tmp_path):
     found = content(tmp_path)
 
     assert code == 0
-    assert "tiny in float32 on a sequence of 64 random tokens, 2 layers" in err
+    assert "tiny in float32 on 1 sequence of 64 random tokens, 2 layers" in err
     assert found["meta"]["layers"] == [0, 1]
     scores = [(r["layer"], r["head"]) for r in found["heads"] if (r["level"], r["policy"], r["shift"]) == (
         "scores", "exact", 16)]  # fmt: skip
@@ -409,7 +412,7 @@ def test_the_protocol_of_the_paper_runs_at_random_and_judges_its_claims(run_whol
 
 
 def test_the_protocol_runs_on_a_model_one_sequence_at_a_time(run, monkeypatch, tmp_path):
-    from anchor_attn.drift import paper_page
+    from anchor_attn.drift.paper import page as paper_page
 
     monkeypatch.setattr(paper_page, "write_paper_page", unavailable)
     code, out, _ = run("--model", "tiny", "--layers", "0", *PAPER)
@@ -538,7 +541,7 @@ def test_numbers_have_suffixes():
         (["--model", "tiny", "--lengths", "9000M", "--shifts", "1"], "--shifts must stay below"),
         (["--model", "tiny", "--lengths", "400M"], "--lengths must fit into memory, got 400,000,000 tokens"),
         (["--model", "tiny", "--text", "none.txt"], "which does not exist"),
-        (["--model", "tiny", "--text", "file.txt"], "--text must hold 1 sequences of 1,024 tokens, got 13"),
+        (["--model", "tiny", "--text", "file.txt"], "--text must hold 1 sequence of 1,024 tokens, got 13"),
         (["--model", "no/such/folder"], "--model must be one of tiny, laptop"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

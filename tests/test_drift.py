@@ -13,10 +13,11 @@ from strategies import layouts, quick
 
 from anchor_attn import PackedLayout
 from anchor_attn.drift import POLICIES, Policy, States, measure_drift, memory, parts, random_states
-from anchor_attn.drift.measure import View, checked_shifts
+from anchor_attn.drift.measure import checked_shifts
 from anchor_attn.drift.policies import FP64, STAGES, multiply, read, rotate, rounded, weigh
 from anchor_attn.drift.spectrum import pair_contributions
 from anchor_attn.drift.tally import Bins, Pairs, Tallies
+from anchor_attn.drift.view import View
 from anchor_attn.masks import dense_mask
 from anchor_attn.rope import apply_rotary, inverse_frequencies, rotary_table
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from anchor_attn.drift.paper import DELTAS1, LENGTHS, measure_paper, random_sequences
-from anchor_attn.drift.paper_claims import BF16, FOUND, FP32, NOT_FOUND, UNMEASURED, UNSEEN, judge_paper
-from anchor_attn.drift.paper_report import MEASURES, PaperReport
+from anchor_attn.drift.paper.claims import BF16, FOUND, FP32, NOT_FOUND, UNMEASURED, UNSEEN, judge_paper
+from anchor_attn.drift.paper.measure import DELTAS1, LENGTHS, measure_paper, random_sequences
+from anchor_attn.drift.paper.report import MEASURES, PaperReport
 from anchor_attn.drift.policies import FP64, POLICIES, Policy, multiply, rotate
 from anchor_attn.drift.states import States, random_states
 
@@ -110,7 +110,7 @@ def test_blocks_and_shifts_held_at_once_change_nothing(monkeypatch: pytest.Monke
     policies = [Policy("bf16_storage", storage="bfloat16")]
     whole = measured(policies=policies)
     monkeypatch.setattr("anchor_attn.drift.parts.BLOCK_PAIRS", 48 * 5)
-    monkeypatch.setattr("anchor_attn.drift.paper.HELD_BYTES", 1)
+    monkeypatch.setattr("anchor_attn.drift.paper.measure.HELD_BYTES", 1)
     for record, other in zip(whole.records, measured(policies=policies).records, strict=True):
         assert other.d_abs == pytest.approx(record.d_abs, rel=1e-9)
         assert other.d_signed == pytest.approx(record.d_signed, rel=1e-9, abs=1e-15)

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchor_attn import PackedLayout
-from anchor_attn.drift import POLICIES, Policy, States, measure_drift, predict, random_states
-from anchor_attn.drift.measure import View
+from anchor_attn.drift import POLICIES, Policy, States, measure_drift, random_states
 from anchor_attn.drift.policies import DTYPES, STAGES, rotate, rounded
-from anchor_attn.drift.predict import predict_drift, spacing
+from anchor_attn.drift.predict import predict_drift
+from anchor_attn.drift.rounding import spacing
+from anchor_attn.drift.view import View
 from anchor_attn.rope import inverse_frequencies
 
 SHIFTS = (16, 1_000, 30_000, 130_000, 1_000_000, 4_000_000)
@@ -211,8 +212,8 @@ def test_nothing_is_rounded_but_positions_and_frequencies(monkeypatch):
         policies.add(policy.name)
         return rotate(x, position_ids, states, policy)
 
-    monkeypatch.setattr(predict, "rounded", seen)
-    monkeypatch.setattr(predict, "rotate", turned)
+    monkeypatch.setattr("anchor_attn.drift.rounding.rounded", seen)
+    monkeypatch.setattr("anchor_attn.drift.rounding.rotate", turned)
     predict_drift(random_heads(), "bf16_angles", 16)
     assert policies == {"fp64"}
     assert {len(shape) for shape in asked} == {1, 2}

@@ -105,7 +105,7 @@ def test_a_changed_likeliest_token_is_counted():
 def test_long_texts_are_compared_in_blocks(monkeypatch):
     model = tiny_model("llama", torch.float32)
     whole = measure_shifted(model, some_tokens(), [1000], ["bfloat16"], floor=False).at("bfloat16", 1000)
-    monkeypatch.setattr("anchor_attn.drift.shifted.BLOCK_TOKENS", 5)
+    monkeypatch.setattr("anchor_attn.drift.models.shifted.BLOCK_TOKENS", 5)
     blocks = measure_shifted(model, some_tokens(), [1000], ["bfloat16"], floor=False).at("bfloat16", 1000)
     for name, value in whole.record().items():
         assert blocks.record()[name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value)

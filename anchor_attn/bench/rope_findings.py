@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from anchor_attn.bench.rope import Plan
-from anchor_attn.bench.rope_readings import STAGES, MethodReading, MethodReadings, Stage, half_width
+from anchor_attn.bench.rope_readings import STAGES, MethodReading, MethodReadings, Stage
+from anchor_attn.intervals import half_width
 
 # In perplexities of the plain model at its own length, on the same tokens. Set before anything was measured.
 EXPLODES = 2.0

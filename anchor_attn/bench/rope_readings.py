@@ -7,9 +7,9 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
+from anchor_attn.intervals import half_width
 from anchor_attn.rope.methods import METHODS
 from anchor_attn.rope.search.fitness import perplexity
 
@@ -127,10 +127,3 @@ class MethodReadings:
     def ratio(self, stage: Stage, method: str, times: int) -> float:
         """A perplexity, as a multiple of the plain model's at its own length."""
         return self.at(stage, method, times).perplexity / self.trained.perplexity
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % t interval of a mean; None below 3 values."""
-    if len(values) < 3:
-        return None
-    return float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
     from anchor_attn.cli.drift_run import Asked
     from anchor_attn.cli.drift_subject import Subject
+    from anchor_attn.drift.models.shifted import Dtype
+    from anchor_attn.drift.pages.sections import Section
     from anchor_attn.drift.result import DriftResult
-    from anchor_attn.drift.sections import Section
-    from anchor_attn.drift.shifted import Dtype
 
 Say = Callable[[str], None]
 # Dtypes of the whole model, and whether float64 is the floor, by the bytes of the widest: copies are made one by one.
@@ -35,16 +35,14 @@ def more_sections(
         say: told what is being done.
     """
     if subject.model is not None and subject.input_ids is not None:
-        from anchor_attn.drift.findings import shown_shift
-        from anchor_attn.drift.model_sections import sinks_section
-        from anchor_attn.drift.sinks import measure_sinks
+        from anchor_attn.drift.models.sinks import measure_sinks
+        from anchor_attn.drift.pages.model_sections import sinks_section
 
-        shift = shown_shift(result)
-        yield sinks_section(measure_sinks(subject.states, policy, shift, queries=asked.queries))
-        yield _shifted(subject.model, subject.input_ids[:1], sorted({result.shifts[0], shift}), say)
+        yield sinks_section(measure_sinks(subject.states, policy, result.shown_shift, queries=asked.queries))
+        yield _shifted(subject.model, subject.input_ids[:1], sorted({result.shifts[0], result.shown_shift}), say)
     if asked.layout is not None:
-        from anchor_attn.drift.model_sections import patterns_section
-        from anchor_attn.drift.patterns import measure_patterns
+        from anchor_attn.drift.pages.model_sections import patterns_section
+        from anchor_attn.drift.patterns.measure import measure_patterns
 
         rows = list(asked.layout.document_lengths) * subject.states[0].query.shape[0]
         report = measure_patterns(
@@ -57,7 +55,8 @@ def more_sections(
         )
         yield patterns_section(report, policy)
     if asked.fix:
-        from anchor_attn.drift.fix import fix_section, measure_fix
+        from anchor_attn.drift.models.fix import measure_fix
+        from anchor_attn.drift.pages.choice_sections import fix_section
 
         ids = None if subject.input_ids is None else subject.input_ids[:1]
         records, fixed = measure_fix(
@@ -72,7 +71,7 @@ def _shifted(model: "PreTrainedModel", input_ids: "Tensor", shifts: list[int], s
 
     from anchor_attn.bench.memory import available_bytes
     from anchor_attn.drift import measure_shifted
-    from anchor_attn.drift.model_sections import left_out_section, shifted_section
+    from anchor_attn.drift.pages.model_sections import left_out_section, shifted_section
 
     config: Any = model.config.get_text_config()
     of_tokens = 2 * input_ids.numel() * (config.vocab_size + (config.num_hidden_layers + 1) * config.hidden_size)

@@ -4,9 +4,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.console import Console
-
 if TYPE_CHECKING:
     from anchor_attn.cli.drift_run import Asked
     from anchor_attn.drift import States
@@ -30,9 +27,9 @@ def run_paper(
         as_json: print paper.json instead of the tables.
         say: told of every sequence.
     """
-    from anchor_attn.cli.drift_tables import print_sections
-    from anchor_attn.drift.paper import LENGTH, LENGTHS, PAPER_POLICIES, measure_paper
-    from anchor_attn.drift.paper_page import paper_sections, write_paper_page
+    from anchor_attn.cli.drift_output import print_result
+    from anchor_attn.drift.paper.measure import LENGTH, LENGTHS, PAPER_POLICIES, measure_paper
+    from anchor_attn.drift.paper.page import paper_sections, write_paper_page
     from anchor_attn.results import write_csv, write_json
 
     lengths = sorted(set(asked.lengths)) or list(LENGTHS)
@@ -62,21 +59,13 @@ def run_paper(
         written += write_paper_page(out, report, described, meta)
     except ImportError as missing:
         no_page = f"No paper.html and no picture: {missing}"
-    if as_json:
-        typer.echo((out / "paper.json").read_text(encoding="utf-8"), nl=False)
-        return
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(f"Measured: {described}")
-    print_sections(console, sections)
-    if no_page is not None:
-        console.print(no_page)
-    console.print(f"\nWritten: {', '.join(map(str, written))}")
+    print_result(sections, written, as_json, described, no_page)
 
 
 def _sequences(asked: "Asked", count: int, seq_len: int) -> "tuple[Iterator[list[States]], str]":
     """One sequence after the other, and what they are in words."""
     if asked.source is None:
-        from anchor_attn.drift.paper import random_sequences
+        from anchor_attn.drift.paper.measure import random_sequences
         from anchor_attn.drift.states import LLAMA_THETA
 
         theta = LLAMA_THETA if asked.theta is None else asked.theta

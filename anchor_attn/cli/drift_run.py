@@ -5,16 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.console import Console
-
 if TYPE_CHECKING:
     from anchor_attn.cli.drift_subject import ModelInput, Subject
+    from anchor_attn.drift.pages.sections import Section
     from anchor_attn.drift.result import DriftResult
-    from anchor_attn.drift.sections import Section
     from anchor_attn.masks import PackedLayout
 
-SHOWN_POLICY = "bf16_cos_sin"  # of heat map and sinks, where it is measured
 RANDOM_HEADS = 4  # of documents at random: units of an interval
 
 
@@ -58,9 +54,10 @@ def run_drift(asked: Asked, out: Path, environment: dict[str, Any], as_json: boo
         say: told what is being done.
     """
     from anchor_attn.cli.drift_more import more_sections
+    from anchor_attn.cli.drift_output import print_result
     from anchor_attn.drift.measure import measure_drift
+    from anchor_attn.drift.pages.sections import list_sections
     from anchor_attn.drift.result import measure_lengths
-    from anchor_attn.drift.sections import list_sections
     from anchor_attn.results import write_csv, write_json
 
     subject = _subject(asked, say)
@@ -73,7 +70,7 @@ def run_drift(asked: Asked, out: Path, environment: dict[str, Any], as_json: boo
         )  # fmt: skip
 
     result = measure_lengths(subject.states, lengths, measure)
-    policy = SHOWN_POLICY if SHOWN_POLICY in result.policies else result.policies[0]
+    policy = result.shown_policy
     sections = [*list_sections(result, policy), *more_sections(asked, subject, result, policy, say)]
     settings = result.reports[result.lengths[-1]].settings
     meta = {
@@ -88,11 +85,8 @@ def run_drift(asked: Asked, out: Path, environment: dict[str, Any], as_json: boo
     lists = result.lists() | {section.key: list(section.records) for section in sections if section.key}
     write_json(out / "drift.json", {"meta": meta, **lists})
     write_csv(out / "drift.csv", result.flat(), meta)
-    written, no_page = _write_page(out, result, policy, subject.described, sections, meta)
-    if as_json:
-        typer.echo((out / "drift.json").read_text(encoding="utf-8"), nl=False)
-    else:
-        _print(subject, sections, no_page, [out / "drift.json", out / "drift.csv", *written])
+    pages, no_page = _write_page(out, result, policy, subject.described, sections, meta)
+    print_result(sections, [out / "drift.json", out / "drift.csv", *pages], as_json, subject.described, no_page)
     _check_drift(result, asked)
 
 
@@ -116,7 +110,7 @@ def _write_page(
     out: Path, result: "DriftResult", policy: str, subject: str, sections: "Sequence[Section]", meta: dict[str, Any]
 ) -> tuple[list[Path], str | None]:
     """Write page and picture; returns them, and why there are none."""
-    from anchor_attn.drift.page import write_page
+    from anchor_attn.drift.pages.page import write_page
 
     try:
         return write_page(out, result, policy, subject, sections, meta), None
@@ -124,20 +118,9 @@ def _write_page(
         return [], f"No drift.html and no picture: {missing}"
 
 
-def _print(subject: "Subject", sections: "Sequence[Section]", no_page: str | None, written: Sequence[Path]) -> None:
-    from anchor_attn.cli.drift_tables import print_sections
-
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(f"Measured: {subject.described}")
-    print_sections(console, sections)
-    if no_page is not None:
-        console.print(no_page)
-    console.print(f"\nWritten: {', '.join(map(str, written))}")
-
-
 def _check_drift(result: "DriftResult", asked: Asked) -> None:
     """Raise a CheckError, after all is written, where a policy drifts by more than it may."""
-    from anchor_attn.drift.findings import brief, name_shift
+    from anchor_attn.drift.pages.numbers import brief, name_shift
     from anchor_attn.drift.result import exceeding
     from anchor_attn.results import CheckError
 

@@ -88,7 +88,7 @@ def load_tokens(asked: ModelInput, seq_len: int, together: int) -> "tuple[PreTra
     """
     import torch
 
-    from anchor_attn.cli.rope_input import load_model
+    from anchor_attn.cli.rope_input import count_sequences, load_model
 
     model, own_tokenizer = load_model(asked.model, asked.dtype, asked.seed)
     model.to(asked.device)  # type: ignore[arg-type]  # transformers' decorator loses the signature
@@ -99,7 +99,7 @@ def load_tokens(asked: ModelInput, seq_len: int, together: int) -> "tuple[PreTra
     if asked.text is None:
         draw = torch.Generator().manual_seed(asked.seed)
         ids = torch.randint(embeddings.num_embeddings, (asked.sequences, seq_len), generator=draw)
-        return model, ids, f"{name} on {_counted(asked.sequences)} of {seq_len:,} random tokens"
+        return model, ids, f"{name} on {count_sequences(asked.sequences)} of {seq_len:,} random tokens"
     ids, described = _read_text(asked, own_tokenizer, seq_len)
     if (most := int(ids.max())) >= embeddings.num_embeddings:
         raise ValueError(
@@ -129,10 +129,9 @@ def _read_text(asked: ModelInput, own_tokenizer: str, seq_len: int) -> "tuple[Te
     text: Any = asked.text
     with hub_retries_unsaid():
         tokens_of = load_tokenizer(asked.tokenizer or own_tokenizer)
-    try:
-        found = read_sequences(text, asked.text_column, tokens_of, asked.limit, seq_len, asked.sequences, asked.seed)
-    except ValueError as error:  # a search of factors has another option for it
-        raise ValueError(str(error).replace("a smaller --factor", "smaller --lengths")) from error
+    found = read_sequences(
+        text, asked.text_column, tokens_of, asked.limit, seq_len, asked.sequences, asked.seed, "smaller --lengths"
+    )
     return found.tokens, found.described
 
 
@@ -157,7 +156,3 @@ def _check_memory(model: "PreTrainedModel", sequences: int, seq_len: int, layers
             f"{per_token * seq_len / 2**30:.1f} GiB of {free / 2**30:.1f} free; pass at most {free // per_token:,}, or "
             "fewer sequences."
         )
-
-
-def _counted(sequences: int) -> str:
-    return "a sequence" if sequences == 1 else f"{sequences} sequences"

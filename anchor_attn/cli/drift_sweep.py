@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.console import Console
-
 if TYPE_CHECKING:
     from anchor_attn.cli.drift_run import Asked
 
@@ -19,8 +16,9 @@ def run_sweep(asked: "Asked", out: Path, environment: dict[str, Any], as_json: b
         environment: of the result files.
         as_json: print sweep.json instead of the tables.
     """
-    from anchor_attn.cli.drift_tables import print_sections
-    from anchor_attn.drift.sweep import BASES, FACTOR, ORIGINAL_LEN, SEQ_LEN, sweep_drift, sweep_sections
+    from anchor_attn.cli.drift_output import print_result
+    from anchor_attn.drift.pages.choice_sections import sweep_sections
+    from anchor_attn.drift.sweep import BASES, FACTOR, ORIGINAL_LEN, SEQ_LEN, sweep_drift
     from anchor_attn.results import write_csv, write_json
 
     seq_len = asked.lengths[0] if asked.lengths else SEQ_LEN
@@ -42,9 +40,4 @@ def run_sweep(asked: "Asked", out: Path, environment: dict[str, Any], as_json: b
     records = [record.record() for record in swept]
     write_json(out / "sweep.json", {"meta": meta, "records": records})
     write_csv(out / "sweep.csv", records, meta)
-    if as_json:
-        typer.echo((out / "sweep.json").read_text(encoding="utf-8"), nl=False)
-        return
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    print_sections(console, sweep_sections(swept))
-    console.print(f"\nWritten: {out / 'sweep.json'}, {out / 'sweep.csv'}")
+    print_result(sweep_sections(swept), [out / "sweep.json", out / "sweep.csv"], as_json)

@@ -103,12 +103,29 @@ class Sequences:
 
 @hub_retries_unsaid()
 def read_sequences(
-    text: str, text_column: str, tokenizer: "Tokenizer", limit: int | None, length: int, count: int, seed: int
+    text: str,
+    text_column: str,
+    tokenizer: "Tokenizer",
+    limit: int | None,
+    length: int,
+    count: int,
+    seed: int,
+    shorter: str = "a smaller --factor",
 ) -> Sequences:
     """Sequences of equal length, drawn from the documents of a source.
 
     They are stretches of single documents where there are enough; else of all documents in a row, the tokenizer's
     anchor token between two.
+
+    Args:
+        text: documents: a file, a folder, stdlib or a hub name.
+        text_column: of it.
+        tokenizer: of the model that reads them.
+        limit: most documents; all when None.
+        length: tokens of a sequence.
+        count: sequences.
+        seed: of the choice among them.
+        shorter: the option that would make sequences shorter, in the words that end an error.
 
     Raises:
         ValueError: nothing to read, or too little.
@@ -133,12 +150,12 @@ def read_sequences(
         )
     if len(stretches) < count:
         raise ValueError(
-            f"text must hold {count} sequences of {length:,} tokens, got {sum(map(len, encoded)):,} tokens in "
-            f"{text!r}; pass more text, fewer --sequences or a smaller --factor."
+            f"text must hold {count_sequences(count)} of {length:,} tokens, got {sum(map(len, encoded)):,} tokens in "
+            f"{text!r}; pass more text, fewer --sequences or {shorter}."
         )
     chosen = sorted(random.Random(seed).sample(range(len(stretches)), count))
     tokens = torch.from_numpy(np.stack([stretches[i] for i in chosen]).astype(np.int64))
-    described = f"{count} sequences of {length:,} tokens from {joined}documents of {text} ({tokenizer.name})"
+    described = f"{count_sequences(count)} of {length:,} tokens from {joined}documents of {text} ({tokenizer.name})"
     return Sequences(tokens, described)
 
 
@@ -168,6 +185,11 @@ def load_model(model: str, dtype: str | None, seed: int) -> "tuple[PreTrainedMod
             f"model must be one of {', '.join(SIZES)}, or a checkpoint's name or folder, got {model!r} "
             f"({one_line(error)}); check the name, its files and the network."
         ) from error
+
+
+def count_sequences(count: int) -> str:
+    """1 as "1 sequence", 5 as "5 sequences"."""
+    return "1 sequence" if count == 1 else f"{count} sequences"
 
 
 def _cut(documents: "list[NDArray[Any]]", length: int) -> "list[NDArray[Any]]":

@@ -1,11 +1,10 @@
 """The tables that `anchor-attn rope` prints."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from rich import box
 from rich.table import Table
 
+from anchor_attn.cli.tables import create_table
 from anchor_attn.rope.casts import Casts, equal_policies
 from anchor_attn.rope.inspection import RopeNow, RopeUnder, list_pairs, name_pairs
 from anchor_attn.rope.precision import RopePrecision
@@ -64,7 +63,7 @@ def pairs_table(now: RopeNow, under: Mapping[str, RopeUnder]) -> Table:
     ]
     foot = ("", "cos, sin ×", "", *(f"{scale:.3f}" for scale in scales.values()))
     header = ("pair", "wavelength", "turns", *("\n_".join(column.rsplit("_", 1)) for column in scales))
-    table = _table(header, rows, foot=foot, gap=0)  # 70 columns; 85 with "now" and "longrope"
+    table = create_table(header, rows, foot=foot, gap=0)  # 70 columns; 85 with "now" and "longrope"
     whole = "" if apart == 1 else f"one pair of {apart}, all of them in rope.csv; "
     table.caption = f"{whole}* has not turned once in training" if now.unturned_pairs else whole.rstrip("; ") or None
     table.caption_justify = "left"
@@ -82,7 +81,7 @@ def casts_table(casts: Sequence[Casts]) -> Table:
         )
         for each in casts
     ]
-    return _table(("weights", "frequencies", "cos, sin as", "query, key as"), rows, "left")
+    return create_table(("weights", "frequencies", "cos, sin as", "query, key as"), rows, "left")
 
 
 def describe_casts(casts: Sequence[Casts]) -> list[str]:
@@ -104,7 +103,7 @@ def fitness_table(result: SearchResult) -> Table:
             (f"{name}, short inputs", f"{value:.4f}", f"{value - result.short_fitness:+.4f}")
             for name, value in result.short_fitness_of.items()
         ]
-    return _table(("factors", "fitness", "above searched"), rows)
+    return create_table(("factors", "fitness", "above searched"), rows)
 
 
 def _equal_to(apart: Mapping[RopePrecision, float]) -> str:
@@ -113,21 +112,3 @@ def _equal_to(apart: Mapping[RopePrecision, float]) -> str:
         return " = ".join(same)
     nearest = min(apart, key=lambda policy: apart[policy])
     return f"none ({nearest} {apart[nearest]:.0e} away)"
-
-
-def _table(
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    justify: Any = "right",
-    foot: Sequence[str] | None = None,
-    gap: int = 1,
-) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, gap), pad_edge=False, show_edge=False, show_footer=bool(foot))
-    feet = [""] * len(header) if foot is None else foot
-    for place, cells in enumerate(zip(header, feet, *rows, strict=True)):
-        # A number is never cut short: in a narrow terminal the table runs over its edge.
-        width = max(len(line) for cell in cells for line in cell.split("\n"))
-        table.add_column(cells[0], cells[1], justify=justify if place else "left", min_width=width)
-    for row in rows:
-        table.add_row(*row)
-    return table

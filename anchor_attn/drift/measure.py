@@ -14,19 +14,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from anchor_attn.drift.parts import BLOCK_PAIRS as BLOCK_PAIRS
-from anchor_attn.drift.parts import Part as Part
-from anchor_attn.drift.parts import check_memory, parts_of
-from anchor_attn.drift.pipelines import LEVELS as LEVELS
-from anchor_attn.drift.pipelines import Level as Level
+from anchor_attn.drift.memory import check_memory
+from anchor_attn.drift.parts import parts_of
 from anchor_attn.drift.pipelines import Pipeline, Tallied, measure_part
 from anchor_attn.drift.policies import DTYPES, POSITION_LIMIT, Policy, find_policies
 from anchor_attn.drift.predict import predict_all
 from anchor_attn.drift.records import create_records
 from anchor_attn.drift.report import DriftRecord, DriftReport
 from anchor_attn.drift.spectrum import measure_spectrum
-from anchor_attn.drift.states import LLAMA_THETA, States, random_states
-from anchor_attn.drift.view import View as View
+from anchor_attn.drift.states import LLAMA_THETA, States, list_layers, random_states
+from anchor_attn.drift.view import View
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PositionPolicy, checked_int
 from anchor_attn.masks.patterns import Pattern
@@ -112,7 +109,7 @@ def measure_states(
         view: which pairs.
         stages: measure stages alone too.
     """
-    check_memory(states)
+    check_memory(states.seq_len, states.head_dim)
     pipelines = [Pipeline(policy) for policy in policies]
     if stages:
         pipelines += [Pipeline(policy, stage) for policy in policies for stage in policy.stages]
@@ -164,10 +161,7 @@ def _as_layers(
     if states is not None:
         if query is not None or key is not None or inv_freq is not None:
             raise ValueError("states must come alone, got query, key or inv_freq beside them; pass one or the other.")
-        layers = [states] if isinstance(states, States) else list(states)
-        if not layers:
-            raise ValueError("states must hold one layer at least, got none; pass what capture_states returns.")
-        return layers
+        return list_layers(states)
     if (query is None) != (key is None):
         raise ValueError(
             f"query and key must come together, got {'key' if query is None else 'query'} alone; pass both."

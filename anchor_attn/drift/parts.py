@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anchor_attn.drift import memory
-from anchor_attn.drift.memory import HELD_PAIRS
-from anchor_attn.drift.policies import Policy, rotate
+from anchor_attn.drift.memory import HELD_PAIRS, check_memory
+from anchor_attn.drift.policies import Policy, multiply, rotate, weigh
 from anchor_attn.drift.states import States
 from anchor_attn.drift.view import View
 
@@ -45,6 +44,28 @@ class Part:
         position_ids = self.position_ids + shift
         query = rotate(self.query, position_ids[self.rows], self.states, policy)
         return query, rotate(self.key, position_ids, self.states, policy)
+
+    def scores(self, rotated: tuple[Tensor, Tensor], block: slice, policy: Policy) -> Tensor:
+        """Scaled products of some of the queries with all keys, before a softcap; float64 [h, Q, S].
+
+        Args:
+            rotated: query and key, by `rotated` of the same policy.
+            block: of queries.
+            policy: what they are multiplied in.
+        """
+        return multiply(rotated[0][:, block], rotated[1], self.states.score_scale, policy)
+
+    def weights(self, scores: Tensor, visible: Tensor, policy: Policy) -> Tensor:
+        """Attention weights of such scores, softcap and sinks included; float64 [h, Q, S], 0 where hidden.
+
+        Args:
+            scores: before a softcap.
+            visible: bool [Q, S].
+            policy: whose softmax is read.
+        """
+        if (softcap := self.states.softcap) is not None:
+            scores = softcap * (scores / softcap).tanh()
+        return weigh(scores, visible, policy, self.sinks)
 
     def blocks(self) -> Iterator[slice]:
         """Of queries."""
@@ -86,6 +107,12 @@ def parts_of(states: States, view: View) -> Iterator[Part]:
             )
 
 
-def check_memory(states: States) -> None:
-    """Raise a ValueError, which says what would fit, where one head of a layer does not."""
-    memory.check_memory(states.seq_len, states.head_dim)
+def rows_of(states: States) -> Iterator[States]:
+    """Every row of the batch alone.
+
+    Raises:
+        ValueError: too large for the memory at hand.
+    """
+    check_memory(states.seq_len, states.head_dim)
+    for row in range(states.query.shape[0]):
+        yield replace(states, query=states.query[row : row + 1], key=states.key[row : row + 1])

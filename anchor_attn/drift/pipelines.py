@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from anchor_attn.drift.parts import Part
-from anchor_attn.drift.policies import FP64, Policy, Rounding, Stage, multiply_read, read, weigh
+from anchor_attn.drift.policies import FP64, Policy, Rounding, Stage, multiply_read, read
 from anchor_attn.drift.states import States
 from anchor_attn.drift.tally import Bins, Pairs, Tallies
 
@@ -91,7 +90,8 @@ def measure_part(part: Part, tallied: Tallied) -> None:
                 for block, seen in zip(blocks, pairs, strict=True):
                     scores = multiply_read(query[:, block], key, part.states.score_scale, policies[0])
                     for policy in policies:
-                        found = _levels(scores, seen.visible, policy, part)
+                        weights = part.weights(scores, seen.visible, policy)
+                        found: dict[Level, Tensor] = {"scores": scores, "attention": weights}
                         if shift == 0:
                             still[policy, block.start] = found
                         _tally(found, still[policy, block.start], seen, part.heads, tallied, policy, shift)
@@ -104,12 +104,6 @@ def _grouped(asked: Sequence[Policy]) -> dict[Policy, dict[Rounding, list[Policy
         turning = replace(policy, accumulation="float64", softmax="float64")
         groups.setdefault(turning, {}).setdefault(policy.accumulation, []).append(policy)
     return groups
-
-
-def _levels(scores: Tensor, visible: Tensor, policy: Policy, part: Part) -> dict[Level, Tensor]:
-    softcap = part.states.softcap
-    capped = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    return {"scores": scores, "attention": weigh(capped, visible, policy, part.sinks)}
 
 
 def _tally(

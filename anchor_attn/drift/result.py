@@ -14,6 +14,7 @@ from anchor_attn.drift.states import States
 
 # What drift.json calls the records of a breakdown; those of "all" pairs are its `records`.
 BREAKDOWNS = {"distance": "distances", "key": "keys", "pair": "pairs"}
+SHOWN_POLICY = "bf16_cos_sin"
 OVERALL = ("policy", "shift", "seq_len", "mean_abs", "max_abs", "rms", "relative", "floor", "predicted", "pairs")
 
 
@@ -54,6 +55,16 @@ class DriftResult:
     def layers(self) -> tuple[int | None, ...]:
         """Of the model; None of no model."""
         return tuple(dict.fromkeys(record.layer for record in self.reports[self.lengths[-1]].records))
+
+    @property
+    def shown_policy(self) -> str:
+        """That what is shown of one policy is shown of: what bfloat16 models do, where it was measured."""
+        return SHOWN_POLICY if SHOWN_POLICY in self.policies else self.policies[0]
+
+    @property
+    def shown_shift(self) -> int:
+        """Of whose stages a table is shown: the one in the middle, where bfloat16 and large positions are both seen."""
+        return self.shifts[len(self.shifts) // 2]
 
     def select(self, by: str = "all", length: int | None = None, **fields: Any) -> list[DriftRecord]:
         """Records over all layers.
@@ -128,7 +139,7 @@ def measure_lengths(
     """
     ordered = sorted(set(lengths))
     return DriftResult.of(
-        {length: measure([_cut(layer, length) for layer in states], length == ordered[-1]) for length in ordered}
+        {length: measure([layer.first(length) for layer in states], length == ordered[-1]) for length in ordered}
     )
 
 
@@ -182,12 +193,6 @@ def _pooled(group: Sequence[DriftRecord], whole: float) -> DriftRecord:
         floor=mean(lambda record: record.floor),
         predicted=mean(lambda record: record.predicted or 0.0) if is_predicted else None,
     )
-
-
-def _cut(states: States, length: int) -> States:
-    if length == states.seq_len:
-        return states
-    return replace(states, query=states.query[:, :, :length], key=states.key[:, :, :length])
 
 
 def _without(record: DriftRecord | Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Query and key before rotation, and all that turns them into scores: of a model's layer, or random ones."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -103,6 +104,10 @@ class States:
         """On the products of query and key."""
         return 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
+    def first(self, tokens: int) -> "States":
+        """Of the first tokens alone: a causal model makes no others of a shorter row."""
+        return replace(self, query=self.query[:, :, :tokens], key=self.key[:, :, :tokens])
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What stands before the rotated numbers, first and second of each pair, and what stands behind; [..., n]."""
         start, stop = self.rotary_start, self.rotary_start + self.rotary_dim
@@ -147,6 +152,18 @@ def random_states(
     shape = (1, num_heads, seq_len, head_dim)
     query, key = (torch.randn(shape, generator=draw).bfloat16() for _ in range(2))
     return States(query, key, inv_freq)
+
+
+def list_layers(states: States | Sequence[States]) -> list[States]:
+    """One layer or several, as several.
+
+    Raises:
+        ValueError: none.
+    """
+    layers = [states] if isinstance(states, States) else list(states)
+    if not layers:
+        raise ValueError("states must hold one layer at least, got none; pass what capture_states returns.")
+    return layers
 
 
 def _kind(x: object) -> str:

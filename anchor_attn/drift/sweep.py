@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any
 
-from anchor_attn.drift.findings import name_shift
 from anchor_attn.drift.measure import SHIFTS, measure_drift
-from anchor_attn.drift.policies import FP64, Policy
+from anchor_attn.drift.policies import Policy
 from anchor_attn.drift.report import DriftRecord
-from anchor_attn.drift.sections import Section
 from anchor_attn.drift.states import random_states
 from anchor_attn.rope.checks import checked_number
 from anchor_attn.rope.methods import METHODS, method_frequencies
@@ -21,7 +19,6 @@ BASES = (1e4, 5e5, 5e6, 1e7, 5e7)
 ORIGINAL_LEN, FACTOR = 8192, 16.0  # to 128K
 SEQ_LEN = 2048
 QUERIES = 128
-SHOWN = ("bf16_cos_sin", "fp32_rotation", "exact", "fp32")  # of all policies; the files have the others
 # All but "longrope", whose factors are a model's own, and "dynamic", which at one length is another base.
 SWEPT_METHODS = tuple(method for method in METHODS if method not in ("longrope", "dynamic"))
 
@@ -95,23 +92,3 @@ def sweep_drift(
             report = measure_drift(states=states, policies=policies, shifts=shifts, queries=queries, stages=False)
             swept += [SweptRecord(base, method, attention_factor, record) for record in report.select()]
     return swept
-
-
-def sweep_sections(swept: Sequence[SweptRecord]) -> list[Section]:
-    """A table a policy: bases and methods × shifts, in per cent of the mean |score|, which YaRN makes larger."""
-    shifts = sorted({record.drift.shift for record in swept})
-    found = {(record.drift.policy, record.method, record.base, record.drift.shift): record.drift for record in swept}
-    sections = []
-    policies = [policy for policy in dict.fromkeys(record.drift.policy for record in swept) if policy != FP64.name]
-    for policy in [policy for policy in policies if policy in SHOWN] or policies:
-        rows = [
-            [method, f"{base:,.0f}", *(_percent(found[policy, method, base, shift].relative) for shift in shifts)]
-            for method, base in dict.fromkeys((record.method, record.base) for record in swept)
-        ]
-        heading = f"{policy}: mean |Δ score| in % of the mean |score|"
-        sections.append(Section(heading, ["method", "base", *map(name_shift, shifts)], rows))
-    return sections
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.2g}"

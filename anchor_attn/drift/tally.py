@@ -5,7 +5,7 @@
 Of distances and of keys alike, so that the first token stands alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,18 +141,6 @@ class Tallies:
 
     def overall(self) -> Sums:
         """All of it in one bin."""
-        return gather_sums(self.by["head"], [slice(None)])
-
-
-def gather_sums(sums: Sums, groups: Sequence[slice]) -> Sums:
-    """Sums of groups of bins."""
-    gathered = Sums(len(groups))
-    for place, group in enumerate(groups):
-        gathered.add(
-            slice(place, place + 1),
-            sums.count[group].sum(),
-            sums.total[group].sum(),
-            sums.squares[group].sum(),
-            sums.largest[group].max(),
-        )
-    return gathered
+        heads, gathered = self.by["head"], Sums(1)
+        gathered.add(slice(None), heads.count.sum(), heads.total.sum(), heads.squares.sum(), heads.largest.max())
+        return gathered

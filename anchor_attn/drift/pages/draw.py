@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from anchor_attn.drift.findings import brief, name_shift, shown_shift
+from anchor_attn.drift.pages.numbers import brief, name_shift
 from anchor_attn.drift.policies import FP64, STAGES
 from anchor_attn.drift.report import DriftRecord
 from anchor_attn.drift.result import DriftResult
@@ -57,7 +57,7 @@ def draw_lengths_figure(result: DriftResult, title: str) -> "Figure | None":
     if len(result.lengths) < 2:
         return None
     figure, left, right = _two(title)
-    shift = shown_shift(result)
+    shift = result.shown_shift
     for axes, level in ((left, "scores"), (right, "attention")):
         curves = {
             policy: [
@@ -78,7 +78,7 @@ def draw_lengths_figure(result: DriftResult, title: str) -> "Figure | None":
 def draw_keys_figure(result: DriftResult, title: str) -> "Figure":
     """Drift of the scores and of the attention of each key, by its place; the first token is marked."""
     figure, left, right = _two(title)
-    shift = shown_shift(result)
+    shift = result.shown_shift
     for axes, level in ((left, "scores"), (right, "attention")):
         curves = {policy: result.select("key", level=level, policy=policy, shift=shift) for policy in result.policies}
         bins = curves[FP64.name]
@@ -93,7 +93,7 @@ def draw_keys_figure(result: DriftResult, title: str) -> "Figure":
 
 def draw_heads_figure(result: DriftResult, policy: str, title: str) -> "Figure | None":
     """A heat map of layer × head, of scores and of attention; None of a single head."""
-    shift = shown_shift(result)
+    shift = result.shown_shift
     if len(result.heads(policy, shift)) < 2:
         return None
     figure, left, right = _two(title)
@@ -126,7 +126,7 @@ def draw_pairs_figure(result: DriftResult, title: str) -> "Figure | None":
 
 def draw_stages_figure(result: DriftResult, title: str) -> "Figure | None":
     """Bars of each stage alone in float64, a group a policy; None where stages were not measured."""
-    shift = shown_shift(result)
+    shift = result.shown_shift
     if not any(result.select(shift=shift, stage=stage) for stage in STAGES):
         return None
     figure, axes = _figure(title)

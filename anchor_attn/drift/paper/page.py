@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anchor_attn.drift.draw import FLOOR_LABEL, style_of
-from anchor_attn.drift.findings import brief
-from anchor_attn.drift.page import add_provenance, add_sections
-from anchor_attn.drift.paper_claims import judge_paper
-from anchor_attn.drift.paper_report import PaperReport
+from anchor_attn.drift.pages.draw import FLOOR_LABEL, style_of
+from anchor_attn.drift.pages.numbers import brief, percent
+from anchor_attn.drift.pages.page import add_provenance, add_sections
+from anchor_attn.drift.pages.sections import Section
+from anchor_attn.drift.paper.claims import judge_paper
+from anchor_attn.drift.paper.report import PaperReport
 from anchor_attn.drift.policies import FP64
-from anchor_attn.drift.sections import Section, percent
 from anchor_attn.page import Page, require_matplotlib
 
 if TYPE_CHECKING:

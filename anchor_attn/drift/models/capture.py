@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from anchor_attn.configs import configs_of
-from anchor_attn.drift.replay import TWICE_TURNED, UNTURNED, Replay, SeenError
-from anchor_attn.drift.rotation import Call, proven_states
+from anchor_attn.drift.models.replay import TWICE_TURNED, UNTURNED, Replay, SeenError
+from anchor_attn.drift.models.rotation import Call, proven_states
 from anchor_attn.drift.states import States
 from anchor_attn.hf.forward import DeferredMask, attention_before, attention_forward, defer_mask
 from anchor_attn.hf.proof import KNOWN

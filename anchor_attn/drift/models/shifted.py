@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anchor_attn.drift.capture import checked_ids
 from anchor_attn.drift.measure import checked_shifts
+from anchor_attn.drift.models.capture import checked_ids
 from anchor_attn.drift.policies import FP64
 from anchor_attn.hf.refusals import refuse_unsupported
 from anchor_attn.hf.wrapping import decoder_of
@@ -158,6 +158,31 @@ def measure_shifted(
     )
 
 
+def compare_logits(still: Tensor, moved: Tensor) -> dict[str, float]:
+    """What moved logits differ by, as the attributes of a `ShiftedRecord`.
+
+    Args:
+        still: floating [B, S, V].
+        moved: of the same tokens, elsewhere.
+    """
+    total, kl, changed, largest = 0.0, 0.0, 0, 0.0
+    tokens = still.flatten(0, 1).split(BLOCK_TOKENS), moved.flatten(0, 1).split(BLOCK_TOKENS)
+    for before, after in zip(*tokens, strict=True):
+        before, after = before.double(), after.double()
+        apart = (after - before).abs()
+        total, largest = total + float(apart.sum()), max(largest, float(apart.max()))
+        likely, likely_after = before.log_softmax(dim=-1), after.log_softmax(dim=-1)
+        kl += float((likely.exp() * (likely - likely_after)).sum())
+        changed += int((before.argmax(dim=-1) != after.argmax(dim=-1)).sum())
+    count = still.shape[0] * still.shape[1]
+    return {
+        "logits_mean_abs": total / still.numel(),
+        "logits_max_abs": largest,
+        "kl_nats": kl / count,
+        "top1_changed": changed / count,
+    }
+
+
 def _copied(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model in a dtype, its own too: transformers leaves hooks behind in what it took hidden states from."""
     copied: Any = copy.deepcopy(model)
@@ -185,7 +210,7 @@ def _measure(
         moved_states, moved_logits = _forward(model, ids, shift, dtype)
         for layer, (still, moved) in enumerate(zip(still_states, moved_states, strict=True)):
             yield ShiftedRecord(dtype, precision, shift, layer, **_hidden(still, moved))
-        yield ShiftedRecord(dtype, precision, shift, None, **_logits(still_logits, moved_logits))
+        yield ShiftedRecord(dtype, precision, shift, None, **compare_logits(still_logits, moved_logits))
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, shift: int, dtype: str) -> tuple[Sequence[Tensor], Tensor]:
@@ -213,23 +238,4 @@ def _hidden(still: Tensor, moved: Tensor) -> dict[str, float]:
         "hidden_rms": rms,
         "hidden_rel_rms": rms / own if own else 0.0,
         "hidden_max_abs": float(apart.abs().max()),
-    }
-
-
-def _logits(still: Tensor, moved: Tensor) -> dict[str, float]:
-    total, kl, changed, largest = 0.0, 0.0, 0, 0.0
-    tokens = still.flatten(0, 1).split(BLOCK_TOKENS), moved.flatten(0, 1).split(BLOCK_TOKENS)
-    for before, after in zip(*tokens, strict=True):
-        before, after = before.double(), after.double()
-        apart = (after - before).abs()
-        total, largest = total + float(apart.sum()), max(largest, float(apart.max()))
-        likely, likely_after = before.log_softmax(dim=-1), after.log_softmax(dim=-1)
-        kl += float((likely.exp() * (likely - likely_after)).sum())
-        changed += int((before.argmax(dim=-1) != after.argmax(dim=-1)).sum())
-    count = still.shape[0] * still.shape[1]
-    return {
-        "logits_mean_abs": total / still.numel(),
-        "logits_max_abs": largest,
-        "kl_nats": kl / count,
-        "top1_changed": changed / count,
     }

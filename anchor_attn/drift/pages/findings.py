@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from anchor_attn.drift.pages.numbers import brief, name_shift
 from anchor_attn.drift.policies import FP64, STAGES
 from anchor_attn.drift.report import DriftRecord
 from anchor_attn.drift.result import DriftResult
@@ -10,12 +11,16 @@ from anchor_attn.drift.result import DriftResult
 ALIKE = 1.25
 FIRST_TOKEN = 0
 HUGGING_FACE, BEST = "bf16_cos_sin", "exact"
+MEANINGS = {
+    HUGGING_FACE: "what a bfloat16 model of Hugging Face does",
+    "fp32_rotation": "rotated in float32, stored in bfloat16",
+}
 
 
 def describe_findings(result: DriftResult) -> list[str]:
     """What drifts, where it comes from, what `exact` changes, who carries it, and how good the numbers are."""
     said = [
-        _where_from(result, HUGGING_FACE if HUGGING_FACE in result.policies else result.policies[0]),
+        _where_from(result, result.shown_policy),
         _growing(result),
         _exact(result),
         _first_token(result),
@@ -24,37 +29,15 @@ def describe_findings(result: DriftResult) -> list[str]:
     return [sentence for sentence in said if sentence is not None]
 
 
-def shown_shift(result: DriftResult) -> int:
-    """Of whose stages a table is shown: the one in the middle, where bfloat16 and large positions can both be seen."""
-    return result.shifts[len(result.shifts) // 2]
-
-
-def brief(value: float | None) -> str:
-    """A magnitude: 0.0043 as "4.3e-3", 0.2 as "0.20", and "–" for none."""
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    if 0.1 <= value < 100:
-        return f"{value:.2f}"
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa}e{int(exponent)}" if exponent else mantissa  # inf and nan have none
-
-
-def name_shift(shift: int) -> str:
-    """1,000 as "1,000", 4,000,000 as "4M"."""
-    return f"{shift // 10**6}M" if shift % 10**6 == 0 else f"{shift:,}"
-
-
 # --- one sentence each -----------------------------------------------------------------------------------------------
 
 
 def _where_from(result: DriftResult, policy: str) -> str | None:
     """How large it is against the scores, and which stage alone makes most of it."""
-    shift = shown_shift(result)
+    shift = result.shown_shift
     whole = result.at(policy, shift)
     stages = [stage for stage in STAGES if result.select(policy=policy, shift=shift, stage=stage)]
-    known = f" ({_meaning(policy)})" if policy in (HUGGING_FACE, "fp32_rotation") else ""
+    known = f" ({MEANINGS[policy]})" if policy in MEANINGS else ""
     share = "" if whole.relative is None else f", {100 * whole.relative:.2g} % of a score"
     text = f"{policy}{known} moves a score by {brief(whole.mean_abs)} on average at +{name_shift(shift)}{share}"
     if not stages:
@@ -62,13 +45,6 @@ def _where_from(result: DriftResult, policy: str) -> str | None:
     alone = {stage: result.at(policy, shift, stage=stage).mean_abs for stage in stages}
     worst = max(alone, key=lambda stage: alone[stage])
     return f"{text}; of its stages alone, {worst} moves it most: {brief(alone[worst])}."
-
-
-def _meaning(policy: str) -> str:
-    return {
-        HUGGING_FACE: "what a bfloat16 model of Hugging Face does",
-        "fp32_rotation": "rotated in float32, stored in bfloat16",
-    }[policy]
 
 
 def _growing(result: DriftResult) -> str | None:
@@ -108,8 +84,7 @@ def _exact(result: DriftResult) -> str | None:
 
 def _first_token(result: DriftResult) -> str | None:
     """Whether the first token carries more of the drift of attention than of attention."""
-    policy = HUGGING_FACE if HUGGING_FACE in result.policies else result.policies[0]
-    shift = shown_shift(result)
+    policy, shift = result.shown_policy, result.shown_shift
     first = _bin_of(result.select("key", level="attention", policy=policy, shift=shift), FIRST_TOKEN)
     if first is None or first.share is None:
         return None

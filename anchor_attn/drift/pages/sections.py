@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anchor_attn.drift.findings import brief, describe_findings, name_shift, shown_shift
+from anchor_attn.drift.pages.findings import describe_findings
+from anchor_attn.drift.pages.numbers import brief, name_shift, percent
 from anchor_attn.drift.policies import FP64, STAGES
 from anchor_attn.drift.result import DriftResult
 
@@ -68,7 +69,7 @@ def _shifts(result: DriftResult) -> Section:
 def _lengths(result: DriftResult) -> Section | None:
     if len(result.lengths) < 2:
         return None
-    shift = shown_shift(result)
+    shift = result.shown_shift
     rows = [
         [FLOOR if policy == FP64.name else policy, *(
             brief(record.mean_abs)
@@ -82,7 +83,7 @@ def _lengths(result: DriftResult) -> Section | None:
 
 
 def _stages(result: DriftResult) -> Section | None:
-    shift, rows = shown_shift(result), []
+    shift, rows = result.shown_shift, []
     for policy in result.policies:
         alone = {
             stage: record.mean_abs
@@ -99,7 +100,7 @@ def _stages(result: DriftResult) -> Section | None:
 
 
 def _heads(result: DriftResult, policy: str) -> Section | None:
-    shift = shown_shift(result)
+    shift = result.shown_shift
     attention = sorted(result.heads(policy, shift, "attention"), key=lambda record: -record.mean_abs)
     if len(attention) < 2:
         return None
@@ -125,8 +126,3 @@ def _heads(result: DriftResult, policy: str) -> Section | None:
         rows,
         f"means over pairs{left_out}",
     )
-
-
-def percent(share: float | None) -> str:
-    """0.0123 as "1.2 %"."""
-    return "–" if share is None else f"{100 * share:.2g} %"

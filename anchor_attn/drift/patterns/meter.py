@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anchor_attn.drift.blocks import scores_of, weights_of
 from anchor_attn.drift.parts import Part
 from anchor_attn.drift.pipelines import LEVELS, Level
 from anchor_attn.drift.policies import FP64, Policy
@@ -33,7 +32,7 @@ class Case:
     pattern: Pattern
 
 
-class Sums:
+class CaseSums:
     """Sums over the queries of each row and head, by case and name; float64 [B, H] each."""
 
     def __init__(self, batch: int, heads: int) -> None:
@@ -80,7 +79,7 @@ class Meter:
     ids: Tensor  # [S]
     views: dict[Pattern, View]
     position_policy: PositionPolicy
-    sums: Sums
+    sums: CaseSums
 
     def measure(self, shift: int, policies: Sequence[Policy]) -> None:
         """Of a shift and of all policies, float64 among them."""
@@ -146,10 +145,8 @@ class Meter:
     def _attend(
         self, block: slice, rotated: tuple[Tensor, Tensor], policy: Policy, visible: dict[Pattern, Tensor]
     ) -> Attended:
-        scores = scores_of(self.part, rotated, block, policy)
-        return Attended(
-            scores, {pattern: weights_of(self.part, scores, seen, policy) for pattern, seen in visible.items()}
-        )
+        scores = self.part.scores(rotated, block, policy)
+        return Attended(scores, {pattern: self.part.weights(scores, seen, policy) for pattern, seen in visible.items()})
 
     def _add(self, case: Case, name: str, magnitudes: Tensor, pairs: Tensor, sign: int = 1) -> None:
         total = sign * (magnitudes.flatten(1) @ pairs.flatten().double())

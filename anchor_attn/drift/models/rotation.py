@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anchor_attn.drift.replay import TWICE_TURNED, Table
+from anchor_attn.drift.models.replay import TWICE_TURNED, Table
 from anchor_attn.drift.states import States
 from anchor_attn.rope.precision import rotary_table
 from anchor_attn.rope.rotary import BY_LENGTH

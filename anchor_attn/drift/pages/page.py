@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anchor_attn.drift import draw
-from anchor_attn.drift.findings import name_shift, shown_shift
+from anchor_attn.drift.pages import draw
+from anchor_attn.drift.pages.numbers import name_shift
+from anchor_attn.drift.pages.sections import Section
 from anchor_attn.drift.policies import FP64, STAGES
 from anchor_attn.drift.result import DriftResult
-from anchor_attn.drift.sections import Section
 from anchor_attn.page import Page
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _draw_all(result: DriftResult, policy: str, subject: str) -> "list[tuple[str
     Raises:
         ImportError: matplotlib is missing.
     """
-    shown, last = name_shift(shown_shift(result)), name_shift(result.shifts[-1])
+    shown, last = name_shift(result.shown_shift), name_shift(result.shifts[-1])
     drawn = (
         (
             "Against shift",

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from anchor_attn.drift.findings import brief, name_shift
-from anchor_attn.drift.pattern_report import PatternReport
-from anchor_attn.drift.sections import MOST_HEADS, Section, percent
-from anchor_attn.drift.shifted import ShiftedRecord, ShiftedReport
-from anchor_attn.drift.sinks import SinkRecord
+from anchor_attn.drift.models.shifted import ShiftedRecord, ShiftedReport
+from anchor_attn.drift.models.sinks import SinkRecord
+from anchor_attn.drift.pages.numbers import brief, name_shift, percent
+from anchor_attn.drift.pages.sections import MOST_HEADS, Section
+from anchor_attn.drift.patterns.report import PatternReport
 
 WHOLE_MODEL = "The whole model, the same tokens at moved positions"
 PLAIN = ("attention", "continuous", "row")  # of what is said of patterns in words; the rest is in the table

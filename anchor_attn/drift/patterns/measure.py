@@ -20,15 +20,14 @@ from dataclasses import replace
 
 import torch
 
-from anchor_attn.drift.blocks import rows_of
-from anchor_attn.drift.intervals import UNITS_FOR_AN_INTERVAL, Interval, ratio_interval
 from anchor_attn.drift.measure import checked_shifts
-from anchor_attn.drift.parts import parts_of
-from anchor_attn.drift.pattern_meter import MOVES, PAIRED, Case, Meter, Sums
-from anchor_attn.drift.pattern_report import Comparison, PatternRecord, PatternReport
+from anchor_attn.drift.parts import parts_of, rows_of
+from anchor_attn.drift.patterns.meter import MOVES, PAIRED, Case, CaseSums, Meter
+from anchor_attn.drift.patterns.report import Comparison, PatternRecord, PatternReport
 from anchor_attn.drift.policies import Policy, find_policies
-from anchor_attn.drift.states import States, random_states
+from anchor_attn.drift.states import States, list_layers, random_states
 from anchor_attn.drift.view import View
+from anchor_attn.intervals import UNITS_FOR_AN_INTERVAL, Interval, ratio_interval
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import ANCHOR_ID, PositionPolicy
 from anchor_attn.masks.patterns import PATTERNS, Pattern, check_pattern
@@ -76,7 +75,7 @@ def measure_patterns(
     found = find_policies(policies)
     shifts = checked_shifts(shifts, layout.seq_len, found)
     layers = _as_layers(states, layout, seed)
-    sums: list[Sums] = []
+    sums: list[CaseSums] = []
     for layer in layers:
         if layer.layer is not None:
             say(f"layer {layer.layer}")
@@ -98,8 +97,8 @@ def measure_patterns(
 
 def _measure_layer(
     states: States, layout: PackedLayout, policies: Sequence[Policy], shifts: Sequence[int], queries: int | None
-) -> Sums:
-    sums = Sums(layout.batch_size, states.query.shape[1])
+) -> CaseSums:
+    sums = CaseSums(layout.batch_size, states.query.shape[1])
     for row, alone in enumerate(rows_of(states)):
         ids = layout.document_ids[row : row + 1].cpu()
         row_layout = PackedLayout(ids, layout.anchor_tokens, layout.runs[row : row + 1])
@@ -131,7 +130,7 @@ def _document_view(
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-def _records(states: States, sums: Sums) -> Iterator[PatternRecord]:
+def _records(states: States, sums: CaseSums) -> Iterator[PatternRecord]:
     for case in sums.means("mean"):
         mean, floor, by_design, anchor, kept = (
             float(sums.mean(case, name).mean()) for name in ("mean", "floor", "by_design", "anchor", "attention")
@@ -153,7 +152,7 @@ def _records(states: States, sums: Sums) -> Iterator[PatternRecord]:
         )
 
 
-def _comparisons(full: Case, sums: Sequence[Sums]) -> Iterator[Comparison]:
+def _comparisons(full: Case, sums: Sequence[CaseSums]) -> Iterator[Comparison]:
     """Of a case of the full pattern: patterns among each other, and each with itself under other positions."""
     for pattern, reference in PAIRED:
         case = replace(full, pattern=pattern)
@@ -169,7 +168,7 @@ def _comparisons(full: Case, sums: Sequence[Sums]) -> Iterator[Comparison]:
             yield _compare(case, other, sums, (0.0, 0.0, kept))
 
 
-def _compare(case: Case, reference: Case, sums: Sequence[Sums], parts: tuple[float, ...]) -> Comparison:
+def _compare(case: Case, reference: Case, sums: Sequence[CaseSums], parts: tuple[float, ...]) -> Comparison:
     ratio, unit = _ratio(case, reference, sums)
     dropped, added, kept = parts
     return Comparison(
@@ -195,7 +194,7 @@ def _compare(case: Case, reference: Case, sums: Sequence[Sums], parts: tuple[flo
     )
 
 
-def _ratio(case: Case, reference: Case, sums: Sequence[Sums]) -> tuple[Interval | None, str]:
+def _ratio(case: Case, reference: Case, sums: Sequence[CaseSums]) -> tuple[Interval | None, str]:
     """Over rows, each the mean of its layers and heads; over heads of every layer and row where rows are too few."""
     rows = len(sums[0].queries)
     unit = "rows" if rows >= UNITS_FOR_AN_INTERVAL else "heads"
@@ -209,7 +208,7 @@ def _ratio(case: Case, reference: Case, sums: Sequence[Sums]) -> tuple[Interval 
     return ratio_interval(units(case), units(reference)), unit
 
 
-def _over_layers(sums: Sequence[Sums], case: Case, name: str) -> float:
+def _over_layers(sums: Sequence[CaseSums], case: Case, name: str) -> float:
     return float(torch.stack([layer.mean(case, name).mean() for layer in sums]).mean())
 
 
@@ -224,9 +223,7 @@ def _as_layers(states: States | Sequence[States] | None, layout: PackedLayout, s
         ]
         query, key = (torch.cat([getattr(row, name) for row in rows]) for name in ("query", "key"))
         return [replace(rows[0], query=query, key=key)]
-    layers = [states] if isinstance(states, States) else list(states)
-    if not layers:
-        raise ValueError("states must hold one layer at least, got none; pass what capture_states returns.")
+    layers = list_layers(states)
     for layer in layers:
         View.of(layer, layout)  # of one shape with the layout
     return layers

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from anchor_attn.drift.intervals import mean_interval, ratio_interval
 from anchor_attn.drift.policies import FP64
+from anchor_attn.intervals import mean_interval, ratio_interval
 
 MEASURES = ("d_signed", "d_abs", "d_logit_signed", "d_logit_abs", "first_token_d_abs", "first_token_attention")
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from anchor_attn.drift.intervals import Interval, mean_interval, ratio_interval
-from anchor_attn.drift.paper_report import PaperReport
+from anchor_attn.drift.paper.report import PaperReport
+from anchor_attn.intervals import Interval, mean_interval, ratio_interval
 
 BF16, FP32 = "bf16_cos_sin", "fp32"
 # The share of bfloat16's D that is left, below which it counts as removed.

@@ -14,16 +14,14 @@ Source: https://arxiv.org/abs/2411.13476, Eq 4, Eq 5 and figure 1.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from anchor_attn.drift.blocks import rows_of, scores_of, weights_of
 from anchor_attn.drift.measure import checked_shifts
-from anchor_attn.drift.paper_claims import judge_paper as judge_paper
-from anchor_attn.drift.paper_report import MEASURES, KeyProfile, PaperReport, paper_records
-from anchor_attn.drift.parts import Part, parts_of
+from anchor_attn.drift.paper.report import MEASURES, KeyProfile, PaperReport, paper_records
+from anchor_attn.drift.parts import Part, parts_of, rows_of
 from anchor_attn.drift.policies import Policy, find_policies
 from anchor_attn.drift.states import LLAMA_THETA, States, random_states
 from anchor_attn.drift.view import View
@@ -157,7 +155,7 @@ def _measure_sequence(
     for length, deltas1 in cases.items():
         sums: dict[Key, list[Tensor]] = {}
         for layer in layers:
-            prefix = replace(layer, query=layer.query[:, :, :length], key=layer.key[:, :, :length])
+            prefix = layer.first(length)
             view = View.of(prefix, queries=queries)
             seen: dict[Key, Tensor] = {}
             for part in parts_of(prefix, view):
@@ -183,11 +181,11 @@ def _part_columns(part: Part, deltas1: Sequence[int], delta2: int, policy: Polic
         for block in part.blocks():
             visible = part.sees(part.rows[block])
             count += visible.sum(0)
-            scores2 = scores_of(part, fixed, block, policy)
-            weights2 = weights_of(part, scores2, visible, policy)
+            scores2 = part.scores(fixed, block, policy)
+            weights2 = part.weights(scores2, visible, policy)
             for total, rotated in zip(totals, moved, strict=True):
-                scores1 = scores_of(part, rotated, block, policy)
-                total += _column_sums(scores1, scores2, weights_of(part, scores1, visible, policy), weights2, visible)
+                scores1 = part.scores(rotated, block, policy)
+                total += _column_sums(scores1, scores2, part.weights(scores1, visible, policy), weights2, visible)
         # Of a window the last sampled query may leave early keys unseen: they have no column, and count nothing.
         yield from zip(some, totals / count.clamp(min=1), strict=True)
 

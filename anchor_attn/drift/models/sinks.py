@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anchor_attn.drift.blocks import parts_of, scores_of, weights_of
-from anchor_attn.drift.measure import QUERIES, Part, checked_shifts
+from anchor_attn.drift.measure import QUERIES, checked_shifts
+from anchor_attn.drift.parts import Part, parts_of
 from anchor_attn.drift.policies import FP64, Policy, find_policies
-from anchor_attn.drift.states import States
+from anchor_attn.drift.states import States, list_layers
 from anchor_attn.drift.view import View
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PositionPolicy
@@ -86,9 +86,7 @@ def measure_sinks(
     Raises:
         ValueError: as `measure_drift`.
     """
-    layers = [states] if isinstance(states, States) else list(states)
-    if not layers:
-        raise ValueError("states must hold one layer at least, got none; pass what capture_states returns.")
+    layers = list_layers(states)
     chosen = find_policies([policy])[0]
     checked_shifts([shift], max(layer.seq_len for layer in layers), [chosen])
     return [
@@ -130,4 +128,4 @@ def _records(states: States, policy: Policy, shift: int, view: View) -> list[Sin
 
 
 def _weights(part: Part, rotated: tuple[Tensor, Tensor], block: slice, visible: Tensor, policy: Policy) -> Tensor:
-    return weights_of(part, scores_of(part, rotated, block, policy), visible, policy)
+    return part.weights(part.scores(rotated, block, policy), visible, policy)
