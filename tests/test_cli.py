@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -40,6 +41,10 @@ def test_with_no_argument_it_shows_its_commands(run):
     assert "compare" in out
     assert "bench" in out
     assert not err
+
+
+def test_it_says_its_version(run):
+    assert run("--version") == (0, f"anchor-attn {version('anchor-attn')}\n", "")
 
 
 @pytest.mark.parametrize("command", ["compare", "mask", "probe", "bench"])

@@ -82,7 +82,7 @@ def test_the_table_says_what_measure_drift_says(run):
     report = measured()
 
     assert (code, err) == (0, "")
-    assert lines[0].startswith("Measured: random normal query and key rounded to bfloat16: 64 tokens, 1 head of 128")
+    assert lines[0].startswith("Measured: random normal query and key in bfloat16: 64 tokens, 1 head of 128")
     for policy in POLICIES[:2]:
         records = [report.at(policy, shift) for shift in SHIFTS]
         place = next(i for i, line in enumerate(lines) if line.split()[:1] == [policy])

@@ -70,7 +70,7 @@ def _sequences(asked: "Asked", count: int, seq_len: int) -> "tuple[Iterator[list
 
         theta = LLAMA_THETA if asked.theta is None else asked.theta
         drawn = random_sequences(count, seq_len, theta=theta, seed=asked.seed)
-        described = f"{count} × random normal query and key rounded to bfloat16, {seq_len:,} tokens, theta {theta:,.0f}"
+        described = f"{count} × random normal query and key in bfloat16, {seq_len:,} tokens, theta {theta:,.0f}"
         return ([states] for states in drawn), described
     from anchor_attn.cli.drift_subject import load_tokens
     from anchor_attn.drift import capture_states

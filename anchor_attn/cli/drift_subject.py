@@ -36,12 +36,12 @@ def draw_subject(seq_len: int, num_heads: int, theta: float | None, seed: int) -
     from anchor_attn.drift import random_states
     from anchor_attn.drift.states import LLAMA_THETA
 
-    states = random_states(seq_len, num_heads=num_heads, theta=LLAMA_THETA if theta is None else theta, seed=seed)
-    heads = "head" if num_heads == 1 else "heads"
     base = LLAMA_THETA if theta is None else theta
+    states = random_states(seq_len, num_heads=num_heads, theta=base, seed=seed)
+    heads = "head" if num_heads == 1 else "heads"
     return Subject(
         [states],
-        f"random normal query and key rounded to bfloat16: {seq_len:,} tokens, {num_heads} {heads} of "
+        f"random normal query and key in bfloat16: {seq_len:,} tokens, {num_heads} {heads} of "
         f"{states.head_dim}, theta {base:,.0f}",
     )
 

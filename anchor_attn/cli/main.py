@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import typer
@@ -38,8 +39,19 @@ app.command("train")(train_command)
 app.add_typer(rope_app, name="rope")
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"anchor-attn {version('anchor-attn')}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
-def show_help(context: typer.Context) -> None:
+def show_help(
+    context: typer.Context,
+    show_version: bool = typer.Option(
+        False, "--version", help="Print the version.", is_eager=True, callback=_show_version
+    ),
+) -> None:
     """AnchorAttention for packed long-context training."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

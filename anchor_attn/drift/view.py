@@ -104,7 +104,7 @@ class View:
 def _evenly(size: int, queries: int | None) -> Tensor:
     """Places of so many queries below a size, evenly, the last among them."""
     if queries is not None and checked_int(queries, "queries") < 1:
-        raise ValueError(f"queries must be at least 1, got {queries}; pass 512, or None for all.")
+        raise ValueError(f"queries must be at least 1, got {queries}; pass 512, or leave it out.")
     if queries is None or queries >= size:
         return torch.arange(size)
     return (torch.arange(1, queries + 1) * size) // queries - 1
