@@ -11,8 +11,7 @@ import pytest
 from train_runs import steps_of, write_corpus, write_model_config
 
 from anchor_attn.cli.main import main
-from anchor_attn.train.loop import LOSSES
-from anchor_attn.train.losses import read_losses
+from anchor_attn.train.loop.losses import LOSSES, read_losses
 
 COMMAND = [sys.executable, "-m", "anchor_attn.cli", "train"]
 # Several processes at once on the machine of the tests: one thread each.
@@ -108,7 +107,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(folder, tmp_path, typed, monkey
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("anchor_attn.train.checkpoints._sync", full)
+    monkeypatch.setattr("anchor_attn.train.loop.checkpoints.sync", full)
     code, _, error = typed(write_config(folder), "--out", tmp_path, "--device", "cpu")
     assert code == 1
     assert error.splitlines()[-1].startswith("anchor-attn: checkpoint 2 must be written whole, got OSError")

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def test_importing_stays_light(module):
         [sys.executable, "-c", f"import sys, {module}; print({heavy})"], capture_output=True, text=True, check=True
     )
     assert ended.stdout.strip() == "[]"
+
+
+def test_every_folder_of_modules_is_installed():
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [path.parent.relative_to(ROOT) for room in MAY_IMPORT for path in (ROOT / room).rglob("__init__.py")]
+    names = [".".join(folder.parts) for folder in folders]
+    assert sorted(installed) == sorted(n if n.startswith("anchor_attn") else f"anchor_attn.{n}" for n in names)
 
 
 @pytest.mark.slow

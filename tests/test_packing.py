@@ -18,7 +18,8 @@ from strategies import quick
 
 from anchor_attn.masks import PackedLayout
 from anchor_attn.results import CheckError
-from anchor_attn.train import ByteTokenizer, bench, load_tokenizer, pack_documents, read_documents, stream
+from anchor_attn.train import ByteTokenizer, bench, load_tokenizer, pack_documents, read_documents
+from anchor_attn.train import tokens as tokens_room
 
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
 
@@ -286,7 +287,7 @@ def outcome(documents, seq_len, **options):
 )
 def test_a_column_packs_as_its_documents_one_by_one(dataset, anchor_tokens, room, cut, shuffle_seed, max_rows):
     options = {"anchor_tokens": anchor_tokens, "cut": cut, "shuffle_seed": shuffle_seed, "max_rows": max_rows}
-    assert stream._column_stream(dataset) is not None
+    assert tokens_room._column_tokens(dataset) is not None
     one_by_one = outcome(list(dataset), room + anchor_tokens, **options)
     assert outcome(dataset, room + anchor_tokens, **options) == one_by_one
 
@@ -380,7 +381,7 @@ def test_a_caller_may_write_to_his_arrays_after_packing():
 def test_documents_with_token_ids_are_read_by_column(tmp_path, monkeypatch):
     (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 3]}\n{"input_ids": [4]}\n{"input_ids": [400]}\n')
     documents = read_documents(tmp_path / "ids.jsonl")
-    monkeypatch.setattr(stream, "_tokenize", None)
+    monkeypatch.setattr(tokens_room, "_tokenize", None)
     assert pack_documents(documents.select([0, 1]), 8).tokens.tolist() == [1, 2, 3, 4]
     with pytest.raises(ValueError, match=r"got 400 in 'ids\.jsonl:3'"):
         pack_documents(documents, 8)

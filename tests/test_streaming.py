@@ -22,9 +22,9 @@ from anchor_attn.train import (
     create_loader,
     pack_documents,
     read_report,
-    streaming_documents,
-    streaming_files,
 )
+from anchor_attn.train.streaming import documents as documents_room
+from anchor_attn.train.streaming import files as files_room
 
 SEQ_LEN = 64
 # From Python 3.12 on, a fork beside threads warns; torch has threads.
@@ -34,8 +34,8 @@ forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming_files, "BLOCK_BYTES", 512)
-        patch.setattr(streaming_documents, "ENCODED_TOGETHER", 5)
+        patch.setattr(files_room, "BLOCK_BYTES", 512)
+        patch.setattr(documents_room, "ENCODED_TOGETHER", 5)
         yield
 
 
@@ -143,13 +143,13 @@ def test_a_resumed_stream_reads_no_file_from_its_front(corpus, monkeypatch):
     stream = stream_of(corpus, shuffle=False)
     take(iter(stream), 70)
     places = []
-    read = streaming_files.LinesPart.read
+    read = files_room.LinesPart.read
 
     def watched(part, begin, end, place):
         places.append(begin if place is None else place)
         return read(part, begin, end, place)
 
-    monkeypatch.setattr(streaming_files.LinesPart, "read", watched)
+    monkeypatch.setattr(files_room.LinesPart, "read", watched)
     again = stream_of(corpus, shuffle=False)
     again.load_state_dict(stream.state_dict())
     take(iter(again), 1)
@@ -176,7 +176,7 @@ def test_a_state_holds_no_text_and_stays_small(tmp_path):
     ],
 )
 def test_the_state_of_another_stream_is_refused_by_what_differs(other, difference, corpus):
-    class Other(streaming_documents.Tokenizer):
+    class Other(documents_room.Tokenizer):
         name, anchor_token_id, vocab_size = "other", 0, 257
 
         def encode(self, texts):
@@ -446,8 +446,8 @@ def test_a_state_without_a_stream_has_no_report():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_memory_stays_flat_over_a_million_documents(packing, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming_files, "BLOCK_BYTES", 256 * 1024)
-    monkeypatch.setattr(streaming_documents, "ENCODED_TOGETHER", 256)
+    monkeypatch.setattr(files_room, "BLOCK_BYTES", 256 * 1024)
+    monkeypatch.setattr(documents_room, "ENCODED_TOGETHER", 256)
     with (tmp_path / "a.jsonl").open("w") as file:
         for number in range(1_000_000):
             file.write(json.dumps({"text": f"{number} {'x' * (number * 7919 % 90)}"}) + "\n")

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from strategies import quick
 
 from anchor_attn.train import pack_documents
-from anchor_attn.train.chunks import interleave_chunks
-from anchor_attn.train.streaming_documents import Document
-from anchor_attn.train.streaming_rows import RowPacker
+from anchor_attn.train.streaming.chunks import interleave_chunks
+from anchor_attn.train.streaming.documents import Document
+from anchor_attn.train.streaming.rows import RowPacker
 
 LENGTHS = st.lists(st.integers(1, 23), min_size=1, max_size=12)
 PACKINGS = st.sampled_from(["concat", "drop", "best_fit"])

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import quick
 
-from anchor_attn.train import PackedStream, StreamSource, read_documents, streaming_documents, streaming_files
-from anchor_attn.train.streaming_documents import DocumentStream, Draws, Shard
-from anchor_attn.train.streaming_parts import shard_blocks
-from anchor_attn.train.streaming_source import open_sources
+from anchor_attn.train import PackedStream, StreamSource, read_documents
+from anchor_attn.train.streaming import documents as documents_room
+from anchor_attn.train.streaming import files as files_room
+from anchor_attn.train.streaming.documents import DocumentStream, Draws, Shard
+from anchor_attn.train.streaming.parts import shard_blocks
+from anchor_attn.train.streaming.source import open_sources
 from anchor_attn.train.tokenizers import ByteTokenizer
 
 ONCE_IN_ORDER = Draws(seed=0, shuffle=False, window_documents=7, epochs=1)
@@ -25,9 +27,9 @@ ENDLESS = ONCE._replace(epochs=None)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Files of a few hundred bytes have as many blocks as large ones."""
-    monkeypatch.setattr(streaming_files, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(streaming_files, "BATCH_RECORDS", 4)
-    monkeypatch.setattr(streaming_documents, "ENCODED_TOGETHER", 3)
+    monkeypatch.setattr(files_room, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(files_room, "BATCH_RECORDS", 4)
+    monkeypatch.setattr(documents_room, "ENCODED_TOGETHER", 3)
 
 
 def texts_of(count, seed=0):
@@ -149,7 +151,7 @@ def test_a_line_belongs_to_one_block_however_files_and_lines_are_cut(sizes, num_
     from pathlib import Path
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming_files, "BLOCK_BYTES", block_bytes)
+        patch.setattr(files_room, "BLOCK_BYTES", block_bytes)
         lines = [json.dumps({"text": f"{number}{'x' * size}"}).encode() for number, size in enumerate(sizes)]
         (Path(folder) / "a.jsonl").write_bytes(end.join(lines) + (end if ended else b""))
         (Path(folder) / "b.jsonl").write_bytes(b"" if len(sizes) % 2 else end.join(lines))

@@ -14,13 +14,14 @@ from anchor_attn import wrap
 from anchor_attn.hf import is_wrapped
 from anchor_attn.masks import PackedLayout, attended_pairs
 from anchor_attn.results import CheckError
-from anchor_attn.train import loop as room
 from anchor_attn.train.collator import PackedCollator
-from anchor_attn.train.loop import LOSSES, build_model, open_stream, train, training_arguments
-from anchor_attn.train.losses import read_losses
-from anchor_attn.train.meter import Clock, Costs, TimedLayout, costs_of, step_line
-from anchor_attn.train.routers import take_router_loss
-from anchor_attn.train.settings import settings_from
+from anchor_attn.train.loop import run as room
+from anchor_attn.train.loop.assembly import build_model, open_stream, training_arguments
+from anchor_attn.train.loop.losses import LOSSES, read_losses
+from anchor_attn.train.loop.meter import Clock, Costs, TimedLayout, costs_of, step_line
+from anchor_attn.train.loop.routers import take_router_loss
+from anchor_attn.train.loop.run import train
+from anchor_attn.train.loop.settings import settings_from
 from anchor_attn.train.tokenizers import ByteTokenizer
 
 
@@ -119,7 +120,7 @@ def test_a_line_says_what_the_step_was(folder, tmp_path):
 
 
 def test_mfu_is_the_models_operations_over_the_devices_peak(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("anchor_attn.train.meter.costs_of", lambda *_: Costs(2.0, 3.0, 1000.0))
+    monkeypatch.setattr("anchor_attn.train.loop.meter.costs_of", lambda *_: Costs(2.0, 3.0, 1000.0))
     for line in run(folder, tmp_path, **short()):
         assert line["mfu"] > 0
         assert "MFU" in step_line(line, 3)

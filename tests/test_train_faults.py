@@ -21,11 +21,12 @@ from train_runs import (
 )
 
 from anchor_attn.results import CheckError
-from anchor_attn.train import checkpoints as room
-from anchor_attn.train import trainer as trainer_room
-from anchor_attn.train.checkpoints import MANIFEST, Checkpoints, Progress, check_checkpoint, locked
-from anchor_attn.train.loop import LOSSES, train
-from anchor_attn.train.losses import LossLog, read_losses
+from anchor_attn.train.loop import checkpoints as room
+from anchor_attn.train.loop import trainer as trainer_room
+from anchor_attn.train.loop.checkpoints import MANIFEST, Checkpoints, Progress, check_checkpoint
+from anchor_attn.train.loop.disk import locked
+from anchor_attn.train.loop.losses import LOSSES, LossLog, read_losses
+from anchor_attn.train.loop.run import train
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,7 @@ def test_kill_9_at_200_drawn_moments_loses_nothing(folder, reference, tmp_path):
     print(f"200 kills over {seconds:.1f} s, {finished} runs finished, all equal", file=sys.stderr)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_the_run_and_what_follows_is_the_same(folder, reference, tmp_path):
     out = tmp_path / "run"
     timed = seconds_of(folder, tmp_path / "timed")
@@ -264,7 +266,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(folder, referenc
             path_of = type(tmp_path)
             patch.setattr(path_of, "write_text", at_step_6(path_of.write_text, lambda path, *_: path.name == MANIFEST))
         elif where == "fsync":
-            patch.setattr(room, "_sync", at_step_6(room._sync))
+            patch.setattr(room, "sync", at_step_6(room.sync))
         else:
             path_of = type(tmp_path)
             patch.setattr(path_of, "rename", at_step_6(path_of.rename))

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from anchor_attn.train.recipes import RECIPES, find_recipe
-from anchor_attn.train.settings import REFUSED, Settings, first_difference, settings_from, training_names, value_at
-from anchor_attn.train.settings_file import flat, merged, read_yaml, write_yaml
+from anchor_attn.train.loop.recipes import RECIPES, find_recipe
+from anchor_attn.train.loop.settings import REFUSED, Settings, first_difference, settings_from, training_names, value_at
+from anchor_attn.train.loop.settings_file import flat, merged, read_yaml, write_yaml
 
 
 def read(text, tmp_path):
@@ -89,7 +89,7 @@ def test_a_value_of_another_type_is_refused_by_its_key(text, message, tmp_path):
 
 
 def test_every_argument_that_is_refused_or_free_is_one_of_trainers():
-    from anchor_attn.train.settings import FREE, SET_BY_US
+    from anchor_attn.train.loop.settings import FREE, SET_BY_US
 
     names = {*training_names()}
     # local_rank, trackio_space_id and project came and went between releases.

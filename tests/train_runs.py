@@ -8,18 +8,18 @@ import sys
 import time
 from pathlib import Path
 
-from anchor_attn.train.checkpoints import Checkpoints, check_checkpoint
-from anchor_attn.train.loop import LOSSES, train
-from anchor_attn.train.losses import read_losses
-from anchor_attn.train.settings import settings_from
-from anchor_attn.train.settings_file import merged
+from anchor_attn.train.loop.checkpoints import Checkpoints, check_checkpoint
+from anchor_attn.train.loop.losses import LOSSES, read_losses
+from anchor_attn.train.loop.run import train
+from anchor_attn.train.loop.settings import settings_from
+from anchor_attn.train.loop.settings_file import merged
 
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i * i}\n" * (1 + i % 5) for i in range(200)]
 STEPS = 12
 PRELOADED = [
     "accelerate", "datasets", "torchdata.stateful_dataloader", "transformers.models.llama.modeling_llama",
-    "anchor_attn.hf", "anchor_attn.rope", "anchor_attn.train.loop", "anchor_attn.train.plan.models",
-    "anchor_attn.train.trainer",
+    "anchor_attn.hf", "anchor_attn.rope", "anchor_attn.train.loop.run", "anchor_attn.train.plan.models",
+    "anchor_attn.train.loop.trainer",
 ]  # fmt: skip
 SAME = (
     "step",

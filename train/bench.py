@@ -23,7 +23,7 @@ from anchor_attn.lengths import draw_corpus_lengths
 from anchor_attn.results import CheckError
 from anchor_attn.train.items import TOKENS
 from anchor_attn.train.packing import CUTS, PackedRows, pack_documents
-from anchor_attn.train.stream import BATCH_DOCUMENTS
+from anchor_attn.train.tokens import BATCH_DOCUMENTS
 
 if TYPE_CHECKING:
     from datasets import Dataset

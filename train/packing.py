@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from anchor_attn.train.items import TOKENS
-from anchor_attn.train.stream import check_tokens, token_stream
 from anchor_attn.train.tokenizers import Tokenizer, load_tokenizer
+from anchor_attn.train.tokens import check_tokens, read_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,19 +169,19 @@ def pack_documents(
     room = check_room(seq_len, anchor_tokens)
     _check_cut(cut, max_rows)
     tokenizer = load_tokenizer("bytes" if tokenizer is None else tokenizer)
-    stream = token_stream(documents, tokenizer)
-    empty = tuple(stream.names(np.flatnonzero(stream.lengths == 0).tolist()))
-    order = np.flatnonzero(stream.lengths)
+    read = read_tokens(documents, tokenizer)
+    empty = tuple(read.names(np.flatnonzero(read.lengths == 0).tolist()))
+    order = np.flatnonzero(read.lengths)
     if not len(order):
         raise ValueError(
             f"documents must hold at least one token, got {len(empty)} documents without any; pass other documents."
         )
     if shuffle_seed is not None:
         order = order[np.random.default_rng(shuffle_seed).permutation(len(order))]
-    lengths = stream.lengths[order]
+    lengths = read.lengths[order]
     document_ends = lengths.cumsum()
-    tokens = stream.tokens() if shuffle_seed is None else stream.gathered(order)
-    check_tokens(tokens, stream, order, tokenizer)
+    tokens = read.tokens() if shuffle_seed is None else read.gathered(order)
+    check_tokens(tokens, read, order, tokenizer)
     rows = _rows(document_ends, room, cut, max_rows)
     tokens = tokens[: rows.ends[-1]]  # what no row reads need not travel with them
     report = _report(rows, lengths, document_ends, seq_len, anchor_tokens, cut, empty)

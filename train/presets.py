@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Embedding
 
+from anchor_attn.masks.layout import PositionPolicy
 from anchor_attn.train.items import one_line
 
 if TYPE_CHECKING:
@@ -117,6 +118,18 @@ def create_model(
         )
     _check_positions(model, name, max_positions)
     return model
+
+
+def check_rope(model: "PreTrainedModel", position_policy: PositionPolicy) -> None:
+    """Raise a ValueError where a document would be rotated by what it is packed with."""
+    from anchor_attn.rope import chooses_by_length
+
+    if position_policy == "continuous" and chooses_by_length(model):
+        raise ValueError(
+            f"position_policy must be 'reset' for RoPE that is chosen by the input's length, got 'continuous' for "
+            f"{type(model).__name__}; let positions begin again with every document (+reset in an "
+            "arm's name, positions: reset in a config), or extend the model by a method that is not."
+        )
 
 
 def _check_positions(model: "PreTrainedModel", name: str, max_positions: int) -> None:

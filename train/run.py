@@ -120,7 +120,7 @@ def run_arm(spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: Sequence
     from transformers import set_seed
 
     from anchor_attn.hf import set_pattern, wrap
-    from anchor_attn.train.presets import create_model
+    from anchor_attn.train.presets import check_rope, create_model
 
     set_seed(spec.seed)
     # A BOS per document makes rows longer, by one token a document at most: positions must reach there.
@@ -160,18 +160,6 @@ def run_arm(spec: RunSpec, rows: PackedRows, packed: PackedRows, alone: Sequence
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "curve": curve,
     }
-
-
-def check_rope(model: "PreTrainedModel", position_policy: PositionPolicy) -> None:
-    """Raise a ValueError where a document would be rotated by what it is packed with."""
-    from anchor_attn.rope import chooses_by_length
-
-    if position_policy == "continuous" and chooses_by_length(model):
-        raise ValueError(
-            f"position_policy must be 'reset' for RoPE that is chosen by the input's length, got 'continuous' for "
-            f"{type(model).__name__}; let positions begin again with every document (+reset in an "
-            "arm's name, positions: reset in a config), or extend the model by a method that is not."
-        )
 
 
 def collator_of(spec: RunSpec) -> PackedCollator:

@@ -40,11 +40,11 @@ def train_command(
     """
     import torch
 
-    from anchor_attn.train.loop import CONFIG, LOSSES, train
-    from anchor_attn.train.losses import read_losses
-    from anchor_attn.train.recipes import DEFAULT, find_recipe
-    from anchor_attn.train.settings import settings_from
-    from anchor_attn.train.settings_file import merged, read_yaml
+    from anchor_attn.train.loop import read_losses, settings_from, train
+    from anchor_attn.train.loop.losses import LOSSES
+    from anchor_attn.train.loop.recipes import DEFAULT, find_recipe
+    from anchor_attn.train.loop.run import CONFIG
+    from anchor_attn.train.loop.settings_file import merged, read_yaml
 
     if config is None and preset is None and resume and (out / CONFIG).is_file():
         config = out / CONFIG

@@ -122,10 +122,8 @@ def _fewest_shared(loads: NDArray[np.float64], ranks: int, tolerance: float | No
     if tolerance is None or ranks == 1:
         return 0, _spread(loads, 0, ranks)
     limit = (1 + tolerance) * loads.sum(axis=1, keepdims=True) / ranks
-    shared, documents = (
-        int((loads > limit).any(axis=0).sum()),
-        loads.shape[1],
-    )  # each would unbalance any rank by itself
+    shared = int((loads > limit).any(axis=0).sum())  # each would unbalance any rank by itself
+    documents = loads.shape[1]
     for tries in count(1):
         rank_of = _spread(loads, shared, ranks)
         if shared == documents or max(map(_imbalance, _totals(loads, shared, rank_of, ranks))) <= tolerance:

@@ -181,15 +181,13 @@ def shard_layout(
     anchor_tokens = layout.anchor_tokens
     own_parts, shared_parts = [], []
     for row, lengths in enumerate(layout.document_lengths):
-        rank_of: Sequence[int] = [SHARED] * len(lengths)
+        owners: Sequence[int] = [SHARED] * len(lengths)
         if scheme == "document":
-            rank_of = balance_documents(
+            owners = balance_documents(
                 lengths, ranks, pattern=pattern, anchor_tokens=anchor_tokens, tolerance=tolerance
             ).rank_of
-        own_parts.append(_part(layout, row, {document for document, owner in enumerate(rank_of, 1) if owner == rank}))
-        shared_parts.append(
-            _part(layout, row, {document for document, owner in enumerate(rank_of, 1) if owner == SHARED})
-        )
+        own_parts.append(_part(layout, row, owners, rank))
+        shared_parts.append(_part(layout, row, owners, SHARED))
     slice_tokens = -(-max(part.tokens for part in shared_parts) // ranks)
     own_tokens = anchor_tokens + max(part.tokens for part in own_parts)
     if not own_tokens + slice_tokens:
@@ -199,12 +197,12 @@ def shard_layout(
     own_slots = torch.stack([_padded([anchor, *part.slots], own_tokens) for part in own_parts])
     shared_slots = torch.stack([_padded(part.slots, ranks * slice_tokens) for part in shared_parts])
     slots = torch.cat([own_slots, shared_slots[:, rank * slice_tokens :][:, :slice_tokens]], dim=1)
+    own = _layout_of(own_parts, anchor_tokens, own_tokens) if own_tokens else None
+    shared = _layout_of(shared_parts, anchor_tokens, anchor_tokens + ranks * slice_tokens) if slice_tokens else None
     return ShardedLayout(
         whole=layout,
-        own=_layout_of(own_parts, anchor_tokens, own_tokens).to(layout.device) if own_tokens else None,
-        shared=_layout_of(shared_parts, anchor_tokens, anchor_tokens + ranks * slice_tokens).to(layout.device)
-        if slice_tokens
-        else None,
+        own=own and own.to(layout.device),
+        shared=shared and shared.to(layout.device),
         slots=slots.to(layout.device, non_blocking=True),
         scheme=scheme,
         rank=rank,
@@ -229,12 +227,12 @@ class _Part(NamedTuple):
         return sum(map(len, self.slots))
 
 
-def _part(layout: PackedLayout, row: int, documents: set[int]) -> _Part:
+def _part(layout: PackedLayout, row: int, owners: Sequence[int], owner: int) -> _Part:
     runs, slots = list[Run](), list[range]()
     numbers: dict[int, int] = {}
     slot = layout.anchor_tokens
     for document_id, length in layout.runs[row]:
-        if document_id in documents:
+        if owners[document_id - 1] == owner:
             number = numbers.setdefault(document_id, len(numbers) + 1)
             # What lay between two pieces may be another rank's: then they are one.
             before = runs.pop().length if runs and runs[-1].document_id == number else 0

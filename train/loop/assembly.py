@@ -1,134 +1,30 @@
-"""A training run from its settings: model, rows, Trainer, and what makes it survive.
+"""What a run is made of, from its settings: model, stream, collator, Trainer, and where it leaves its traces.
 
-settings ─ folder locked, config.yaml ─ newest sound checkpoint ─ model ─ wrap ─ PackedTrainer ─ losses.jsonl
+settings ─ tokenizer ─ stream of this process ─ model, extended, with LoRA, wrapped ─ meter and journal ─ PackedTrainer
 """
 
-import contextlib
 import os
-import signal
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anchor_attn.results import check_device, check_folder, check_seed, describe_environment
-from anchor_attn.train.checkpoints import Checkpoints, Progress, locked
+from anchor_attn.results import describe_environment
 from anchor_attn.train.collator import PackedCollator
-from anchor_attn.train.losses import LossLog
-from anchor_attn.train.presets import SIZES, check_model, create_model
-from anchor_attn.train.run import check_rope
-from anchor_attn.train.settings import Settings, first_difference, settings_from, value_at
-from anchor_attn.train.settings_file import read_yaml, write_yaml
-from anchor_attn.train.streaming import PackedStream
-from anchor_attn.train.streaming_source import StreamSource
+from anchor_attn.train.loop.checkpoints import Checkpoints, Progress
+from anchor_attn.train.loop.losses import LOSSES, LossLog
+from anchor_attn.train.loop.settings import Settings
+from anchor_attn.train.presets import SIZES, check_rope, create_model
+from anchor_attn.train.streaming import PackedStream, StreamSource
 from anchor_attn.train.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from anchor_attn.train.trainer import PackedTrainer
-
-CONFIG = "config.yaml"
-LOSSES = "losses.jsonl"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        step: that it reached.
-        steps: that it was asked for.
-        checkpoint: the newest; None where nothing was saved.
-        stopped: whether SIGTERM ended it.
-    """
-
-    step: int
-    steps: int
-    checkpoint: Path | None
-    stopped: bool
-
-
-def train(
-    settings: Settings, out: Path, device: str = "cpu", *, resume: bool = False, say: Callable[[str], None] = print
-) -> Outcome:
-    """Train, or go on.
-
-    Args:
-        settings: of the run.
-        out: its folder: config.yaml, losses.jsonl, the checkpoints and `latest`.
-        device: "cpu" or "cuda".
-        resume: go on from the newest sound checkpoint in `out`, from the start where there is none.
-        say: is told what happens, a line at a time; by the first process alone.
-
-    Raises:
-        ValueError: settings that no run could use, a folder that holds another run, or data without an end of faults.
-        CheckError: the disk does not take a checkpoint; the one before stays.
-    """
-    check_device(device)
-    check_seed(settings.training.get("seed", 0))
-    check_model(settings.model)
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    steps = settings.training.get("max_steps", -1)
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"training.max_steps must be at least 1, got {steps!r}; a stream has no end, pass --steps.")
-    said = say if is_first else lambda _: None
-    if is_first:
-        check_folder(out)
-    with asking_to_stop() as asked_to_stop, locked(out, say) if is_first else contextlib.nullcontext():
-        args = training_arguments(settings, out, device)  # torchrun's processes meet here
-        checkpoints = Checkpoints(out, settings.training.get("save_total_limit"))
-        done = _from_first(args, lambda: open_folder(settings, checkpoints, args.world_size, resume, said))
-        if done is not None and done.step >= steps:
-            said(f"nothing left to do: {checkpoints.path(done.step)} has {done.step} of {steps} steps")
-            return Outcome(done.step, steps, checkpoints.path(done.step), False)
-        trainer = create_trainer(settings, args, checkpoints, done, device, said, asked_to_stop)
-        checkpoint = None if done is None else checkpoints.path(done.step)
-        try:
-            with _no_progress_bars():
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        finally:
-            if trainer.journal.losses is not None:
-                trainer.journal.losses.close()
-        saved = checkpoints.steps()
-        return Outcome(trainer.state.global_step, steps, checkpoints.path(saved[0]) if saved else None, trainer.stopped)
-
-
-def open_folder(
-    settings: Settings, checkpoints: Checkpoints, world_size: int, resume: bool, say: Callable[[str], None]
-) -> Progress | None:
-    """How far the run in a folder is, None where it begins; its config is written, or found to be the same.
-
-    Raises:
-        ValueError: another run is there, or this one without `resume`, or one of other settings or processes.
-    """
-    path = checkpoints.folder / CONFIG
-    if path.exists() and not resume:
-        raise ValueError(
-            f"out must be a folder without a run, got {str(checkpoints.folder)!r}; pass --resume to go on with that "
-            "run, or name another folder."
-        )
-    if path.exists():
-        before = settings_from(read_yaml(path))
-        if key := first_difference(settings, before):
-            raise ValueError(
-                f"{key} must be what the run began with, {value_at(before, key)!r}, got {value_at(settings, key)!r}; "
-                f"see {path}, or name another --out."
-            )
-    write_text(path, write_yaml(settings))
-    checkpoints.clear_unfinished()
-    done = checkpoints.newest(say) if resume else None
-    if resume and done is None:
-        say("no checkpoint to go on from: beginning at step 1")
-    elif done is not None and done.world_size != world_size:
-        raise ValueError(
-            f"processes must be as many as the run began with, {done.world_size}, got {world_size}; the rows of a rank "
-            "are its own."
-        )
-    return done
+    from anchor_attn.train.loop.trainer import PackedTrainer
 
 
 def create_trainer(
@@ -141,9 +37,9 @@ def create_trainer(
     asked_to_stop: Callable[[], bool],
 ) -> "PackedTrainer":
     """Everything that trains, standing where the checkpoint of `done` left it."""
-    from anchor_attn.train.meter import StepMeter, costs_of
-    from anchor_attn.train.routers import take_router_loss
-    from anchor_attn.train.trainer import Journal, PackedTrainer, describe_parallel
+    from anchor_attn.train.loop.meter import StepMeter, costs_of
+    from anchor_attn.train.loop.routers import take_router_loss
+    from anchor_attn.train.loop.trainer import Journal, PackedTrainer, describe_parallel
 
     tokenizer = load_tokenizer(settings.tokenizer or _tokenizer_of(settings))
     stream = open_stream(settings, tokenizer, args)
@@ -281,55 +177,5 @@ def training_arguments(settings: Settings, out: Path, device: str) -> "TrainingA
     return args
 
 
-@contextlib.contextmanager
-def asking_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM came, as a function, instead of the end of the process."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, whole or not at all, on the disk when this returns."""
-    unfinished = path.with_name(f".{path.name}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Without transformers' bars, which every checkpoint would draw."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _tokenizer_of(settings: Settings) -> str:
     return "bytes" if settings.model in SIZES or settings.model.endswith(".json") else settings.model
-
-
-def _from_first(args: "TrainingArguments", ask: Callable[[], Any]) -> Any:
-    """What the first process finds, or raises, in all of them."""
-    found: list[Any] = [None]
-    if args.process_index == 0:
-        try:
-            found = [ask()]
-        except (ValueError, TypeError, OSError) as error:
-            found = [error]
-    if args.world_size > 1:
-        torch.distributed.broadcast_object_list(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]

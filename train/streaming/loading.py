@@ -4,7 +4,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from anchor_attn.train.collator import PackedCollator
-from anchor_attn.train.streaming import PackedStream
+from anchor_attn.train.streaming.stream import PackedStream
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader

@@ -21,7 +21,7 @@ PLAIN_FORMATS = (None, "numpy", "torch")  # of a dataset: they show the ids of t
 
 
 @dataclass(frozen=True)
-class TokenStream:
+class DocumentTokens:
     """The token ids of all documents as they came, before any copy.
 
         buffers [a a a] [b b b c]   lengths [3, 0, 3, 1]      no document lies in two buffers
@@ -64,12 +64,12 @@ class TokenStream:
             yield self.buffers[buffer][begin:end]
 
 
-def token_stream(documents: Iterable[Any], tokenizer: Tokenizer) -> TokenStream:
+def read_tokens(documents: Iterable[Any], tokenizer: Tokenizer) -> DocumentTokens:
     """The token ids of documents in any form that `pack_documents` takes."""
-    return _column_stream(documents) or _document_stream(documents, tokenizer)
+    return _column_tokens(documents) or _document_tokens(documents, tokenizer)
 
 
-def _column_stream(documents: Iterable[Any]) -> TokenStream | None:
+def _column_tokens(documents: Iterable[Any]) -> DocumentTokens | None:
     """The `input_ids` of a dataset as they lie in its arrow column, or None.
 
     What is unusual (a text beside the ids, a null, ids that are no integers, a format that may change them) is not
@@ -98,7 +98,7 @@ def _column_stream(documents: Iterable[Any]) -> TokenStream | None:
         return [str(name) for name in dataset.select_columns(["name"])[places]["name"]]
 
     lengths = compute.list_value_length(column).to_numpy().astype(np.int64)
-    return TokenStream([chunk.to_numpy() for chunk in values.chunks], lengths, names, constant=True)
+    return DocumentTokens([chunk.to_numpy() for chunk in values.chunks], lengths, names, constant=True)
 
 
 def _holds_integer_lists(column: Any) -> bool:
@@ -108,12 +108,14 @@ def _holds_integer_lists(column: Any) -> bool:
     return is_list and types.is_integer(column.type.value_type) and not column.null_count
 
 
-def _document_stream(documents: Iterable[Any], tokenizer: Tokenizer) -> TokenStream:
+def _document_tokens(documents: Iterable[Any], tokenizer: Tokenizer) -> DocumentTokens:
     """The token ids of any documents, read and tokenized one by one."""
     named = _tokenize(documents, tokenizer)
     lengths = np.array([len(ids) for _, ids in named], dtype=np.int64)
     # A caller may write to his own arrays later, after the check.
-    return TokenStream([ids for _, ids in named], lengths, lambda places: [named[place][0] for place in places], False)
+    return DocumentTokens(
+        [ids for _, ids in named], lengths, lambda places: [named[place][0] for place in places], False
+    )
 
 
 def _tokenize(documents: Iterable[Any], tokenizer: Tokenizer) -> list[tuple[str, NDArray[Any]]]:
@@ -161,27 +163,27 @@ def _token_ids(name: str, content: Any) -> NDArray[Any]:
 
 
 def check_tokens(
-    tokens: NDArray[np.int32], stream: TokenStream, order: NDArray[np.int64], tokenizer: Tokenizer
+    tokens: NDArray[np.int32], read: DocumentTokens, order: NDArray[np.int64], tokenizer: Tokenizer
 ) -> None:
     """Raise a ValueError that names the document unless every id is in the vocabulary.
 
     Args:
         tokens: what the documents at `order` came to.
-        stream: where they came from.
+        read: where they came from.
         order: int64, places of documents.
         tokenizer: whose vocabulary it is.
     """
     # 2^40 is 0 in int32: ids that may have wrapped are looked at where they came from.
-    checked = [ids for ids in stream.buffers if len(ids) and not np.can_cast(ids.dtype, np.int32)]
+    checked = [ids for ids in read.buffers if len(ids) and not np.can_cast(ids.dtype, np.int32)]
     if sum(map(len, checked)) < len(tokens):
         checked.append(tokens)
     if all(ids.min() >= 0 and ids.max() < tokenizer.vocab_size for ids in checked):
         return
-    for place, ids in zip(order.tolist(), stream.documents(order), strict=True):
+    for place, ids in zip(order.tolist(), read.documents(order), strict=True):
         outside = (ids < 0) | (ids >= tokenizer.vocab_size)
         if outside.any():
             raise ValueError(
                 f"documents must hold token ids from 0 to {tokenizer.vocab_size - 1}, the vocabulary of "
-                f"{tokenizer.name!r}, got {int(ids[outside.argmax()])} in {stream.names([place])[0]!r}; "
+                f"{tokenizer.name!r}, got {int(ids[outside.argmax()])} in {read.names([place])[0]!r}; "
                 "pass the tokenizer that made them."
             )

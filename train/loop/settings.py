@@ -16,7 +16,7 @@ from anchor_attn.engines.choice import check_engine
 from anchor_attn.masks.layout import PositionPolicy, check_position_policy
 from anchor_attn.masks.patterns import PATTERNS, Pattern
 from anchor_attn.rope.precision import RopePrecision, check_rope_precision
-from anchor_attn.train.settings_file import flat, plain, read_as, refuse_unknown
+from anchor_attn.train.loop.settings_file import flat, plain, read_as, refuse_unknown
 
 # What Trainer must be left to, with the reason; a config may repeat the value, and no other.
 SET_BY_US: dict[str, tuple[Any, str]] = {

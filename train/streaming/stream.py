@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from anchor_attn.masks.dialects.copied import IGNORED_LABEL
-from anchor_attn.train.chunks import interleave_chunks
 from anchor_attn.train.items import TOKENS
-from anchor_attn.train.mixture import Mixture
 from anchor_attn.train.packing import check_room
-from anchor_attn.train.streaming_documents import DocumentStream, Draws, Shard
-from anchor_attn.train.streaming_report import STATE_FORMAT, StreamReport, read_report
-from anchor_attn.train.streaming_rows import PACKINGS, Packing, Row, RowPacker
-from anchor_attn.train.streaming_source import open_sources
+from anchor_attn.train.streaming.chunks import interleave_chunks
+from anchor_attn.train.streaming.documents import DocumentStream, Draws, Shard
+from anchor_attn.train.streaming.mixture import Mixture
+from anchor_attn.train.streaming.report import STATE_FORMAT, StreamReport, read_report
+from anchor_attn.train.streaming.rows import PACKINGS, Packing, Row, RowPacker
+from anchor_attn.train.streaming.source import open_sources
 from anchor_attn.train.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from anchor_attn.train.documents import EMBEDDED, NAMED_IN_META, Documents, is_hub_name, read_documents
 from anchor_attn.train.items import Skipped
 from anchor_attn.train.sources import list_files, load_hub
-from anchor_attn.train.streaming_files import file_part
-from anchor_attn.train.streaming_parts import Part
-from anchor_attn.train.streaming_tables import HubPart, TablePart
+from anchor_attn.train.streaming.files import file_part
+from anchor_attn.train.streaming.parts import Part
+from anchor_attn.train.streaming.tables import HubPart, TablePart
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from anchor_attn.results import CheckError, write_json
+from anchor_attn.train.loop.disk import write_text
+
+LOSSES = "losses.jsonl"
 
 
 class LossLog:
@@ -35,9 +38,7 @@ class LossLog:
         """
         lines = {line["step"]: line for line in read_losses(self.path) if line["step"] <= step}
         text = "".join(json.dumps(lines[number]) + "\n" for number in sorted(lines))
-        unfinished = self.path.with_name(f".{self.path.name}")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(self.path)
+        write_text(self.path, text)
         return [number for number in range(1, step + 1) if number not in lines]
 
     def append(self, record: Mapping[str, Any]) -> None:

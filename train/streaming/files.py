@@ -8,7 +8,7 @@ from typing import Any
 
 from anchor_attn.train.items import TOKENS
 from anchor_attn.train.sources import SourceFile, json_row
-from anchor_attn.train.streaming_parts import Part, Record, falls_to
+from anchor_attn.train.streaming.parts import Part, Record, falls_to
 
 BLOCK_BYTES = 256 * 1024  # about 190 web pages: a window of the shuffle reaches over many blocks
 MOST_BLOCKS = 65_536  # of a part; those of a large one are larger
@@ -177,8 +177,6 @@ def file_part(file: SourceFile, text_column: str) -> Part:
 
 
 def _line_record(content: dict[str, Any] | str, place: int, next_place: int) -> Record:
-    return (
-        Record(None, content, place, next_place)
-        if isinstance(content, str)
-        else Record(content, None, place, next_place)
-    )
+    if isinstance(content, str):
+        return Record(None, content, place, next_place)
+    return Record(content, None, place, next_place)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from anchor_attn.train.documents import NAMED_IN_META, text_fault, tokens_fault
 from anchor_attn.train.items import TOKENS, one_line
-from anchor_attn.train.streaming_parts import Record, shard_blocks
-from anchor_attn.train.streaming_source import OpenSource
+from anchor_attn.train.streaming.parts import Record, shard_blocks
+from anchor_attn.train.streaming.source import OpenSource
 from anchor_attn.train.tokenizers import Tokenizer
 
 WINDOW_BYTES = 16 * 2**20

@@ -9,7 +9,7 @@ document of each.
 
 from collections.abc import Sequence
 
-from anchor_attn.train.streaming_documents import Document, DocumentStream
+from anchor_attn.train.streaming.documents import Document, DocumentStream
 
 
 class Mixture:

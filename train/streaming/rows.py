@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anchor_attn.train.streaming_documents import Document
+from anchor_attn.train.streaming.documents import Document
 
 Packing = Literal["concat", "drop", "best_fit"]
 PACKINGS = ("concat", "drop", "best_fit")

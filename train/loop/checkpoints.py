@@ -8,16 +8,15 @@ Whatever kills the process, and whenever: what is under a visible name was compl
 copy does to it later the manifest tells, by size and checksum of every file (CRC-32, at about the speed of a disk).
 """
 
-import contextlib
 import json
-import os
 import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from anchor_attn.train.loop.disk import sync
 
 MANIFEST = "anchor_attn.json"
 UNFINISHED = ".unfinished"
@@ -95,7 +94,7 @@ class Checkpoints:
         if final.exists():  # not sound, or the run would have gone on from it
             final.rename(self.unfinished / f"replaced-{final.name}")
         staged.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         self._point_latest(final)
         for step in self.steps()[self.keep :] if self.keep is not None else []:
             if step < progress.step:
@@ -109,7 +108,7 @@ class Checkpoints:
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         link.replace(self.folder / LATEST)
-        _sync(self.folder)
+        sync(self.folder)
 
     def newest(self, say: Callable[[str], None] = lambda _: None) -> Progress | None:
         """How far the newest sound checkpoint is; None where there is none. What is wrong with newer ones is said."""
@@ -157,40 +156,10 @@ def describe_file(path: Path) -> dict[str, int]:
     return {"bytes": size, "crc32": crc}
 
 
-@contextlib.contextmanager
-def locked(folder: Path, say: Callable[[str], None]) -> Any:
-    """Hold a run's folder for one process: two that write to it would ruin each other's checkpoints.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    import fcntl
-
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"out must be a folder that no other run writes to, got {str(folder)!r}, in which one runs; "
-                "wait for it, or name another."
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            say(f"{folder} cannot be locked ({error.strerror}): see that no other run writes to it")
-        yield
-
-
 def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _sync_tree(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from anchor_attn.train.documents import NAMED_IN_META
-from anchor_attn.train.streaming_documents import Counts
-from anchor_attn.train.streaming_rows import RowCounts
+from anchor_attn.train.streaming.documents import Counts
+from anchor_attn.train.streaming.rows import RowCounts
 
 STATE_FORMAT = "anchor_attn PackedStream 1"
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from anchor_attn.train.streaming_parts import Record, falls_to
+from anchor_attn.train.streaming.parts import Record, falls_to
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

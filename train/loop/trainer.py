@@ -7,7 +7,6 @@ _save_checkpoint    Trainer's files and the loader's state, hidden until they ar
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from anchor_attn.results import CheckError
-from anchor_attn.train.checkpoints import UNFINISHED, Checkpoints, Progress
 from anchor_attn.train.collator import PackedCollator
 from anchor_attn.train.items import one_line
-from anchor_attn.train.losses import LossLog
-from anchor_attn.train.meter import StepMeter, step_line
-from anchor_attn.train.routers import RouterLoss
-from anchor_attn.train.streaming import PackedStream
+from anchor_attn.train.loop.checkpoints import UNFINISHED, Checkpoints, Progress
+from anchor_attn.train.loop.losses import LossLog
+from anchor_attn.train.loop.meter import StepMeter, step_line
+from anchor_attn.train.loop.routers import RouterLoss
+from anchor_attn.train.streaming import PackedStream, create_loader
 
 
 @dataclass
@@ -68,7 +67,7 @@ class PackedTrainer(Trainer):
         journal: Journal,
         router_loss: RouterLoss | None = None,
     ) -> None:
-        self.journal, self.stream, self.router_loss = journal, stream, router_loss
+        self.stream, self.collator, self.journal, self.router_loss = stream, collator, journal, router_loss
         self.stopped = False
         self._loader_state: dict[str, Any] | None = None
         self._loader: Any = None
@@ -90,21 +89,17 @@ class PackedTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """A loader that knows where it stands. Accelerate must not shard it: the stream has done that."""
-        from torchdata.stateful_dataloader import StatefulDataLoader
-
         workers = self.args.dataloader_num_workers
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital'")  # torchdata 0.11 calls it, torch 2.13 warns
-            self._loader = StatefulDataLoader(
-                self.stream,
-                batch_size=self.args.per_device_train_batch_size,
-                num_workers=workers,
-                collate_fn=self.data_collator,
-                pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-                prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-                # Its own, or it would draw from torch's, in a resumed run after that was set to where it stood.
-                generator=torch.Generator().manual_seed(self.args.seed),
-            )
+        self._loader = create_loader(
+            self.stream,
+            self.args.per_device_train_batch_size,
+            self.collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            # Its own, or it would draw from torch's, in a resumed run after that was set to where it stood.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
         if self._loader_state is not None:
             self._loader.load_state_dict(self._loader_state)
         return self._loader
