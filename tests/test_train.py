@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from train_runs import STEPS, tiny_settings, write_corpus, write_model_config
+from train_runs import STEPS, run_on_processes, tiny_settings, write_corpus, write_model_config
 from transformers import AutoModelForCausalLM
 
 from anchor_attn import wrap
@@ -22,6 +22,8 @@ from anchor_attn.train.loop.meter import Clock, Costs, TimedLayout, costs_of, st
 from anchor_attn.train.loop.routers import take_router_loss
 from anchor_attn.train.loop.run import train
 from anchor_attn.train.loop.settings import settings_from
+from anchor_attn.train.loop.sharing import RowSharing
+from anchor_attn.train.loop.trainer import PackedTrainer
 from anchor_attn.train.tokenizers import ByteTokenizer
 
 
@@ -47,9 +49,8 @@ def short(**training):
 def first_rows(folder, count):
     """The rows that a run begins with."""
     settings = tiny_settings(folder)
-    stream = open_stream(
-        settings, ByteTokenizer(), SimpleNamespace(seed=42, data_seed=None, process_index=0, world_size=1)
-    )
+    alone = RowSharing.of("data", None, 0, 1)
+    stream = open_stream(settings, ByteTokenizer(), SimpleNamespace(seed=42, data_seed=None), alone)
     return [row for row, _ in zip(stream, range(count), strict=False)]
 
 
@@ -357,6 +358,14 @@ def test_a_mixture_of_experts_trains_with_its_routers_loss_beside_the_nats(folde
     assert "router" in step_line(lines[0], 3)
 
 
+def test_a_routers_loss_is_refused_where_processes_share_rows(folder, tmp_path, monkeypatch):
+    model_folder = tmp_path / "experts"
+    expert_model().save_pretrained(model_folder)
+    monkeypatch.setattr(RowSharing, "of", lambda *_: RowSharing("document", 2, 0, 2))
+    with pytest.raises(ValueError, match=r"^router_weight must be 0 where processes share rows, got "):
+        run(folder, tmp_path / "run", model=str(model_folder), tokenizer="bytes", **short())
+
+
 def test_the_routers_loss_counts_once_whatever_the_micro_batches(folder, tmp_path):
     model_folder = tmp_path / "experts"
     expert_model(router_aux_loss_coef=50.0).save_pretrained(model_folder)  # it outweighs the nats
@@ -406,11 +415,88 @@ def test_a_folder_with_a_run_is_refused_without_resume_and_with_other_settings(f
             r"^position_policy must be 'reset' for RoPE",
         ),
         ({"packing": {"method": "greedy"}}, r"^packing must be one of"),
+        ({"parallel": "document"}, r"^parallel must be 'data' for one process, got 'document'; start with torchrun"),
     ],
 )
 def test_what_no_run_could_use_is_refused(folder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(folder, tmp_path, **changes)
+
+
+def test_a_start_that_failed_leaves_its_folder_to_the_next_one(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"^lora must hold"):
+        run(folder, tmp_path, lora={"rank": 4}, **short())
+    assert len(run(folder, tmp_path, **short())) == 3
+
+
+def test_a_run_that_cannot_be_made_longer_says_how_to_go_on(folder, tmp_path):
+    run(folder, tmp_path, **short())
+    longer = short(max_steps=5)
+    with pytest.raises(
+        ValueError, match=r"^training\.max_steps must be .* 3, got 5; .* with model: this run's checkpoint"
+    ):
+        train(tiny_settings(folder, **longer), tmp_path, resume=True, say=lambda _: None)
+
+
+def test_an_interrupt_says_where_the_run_goes_on(folder, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(PackedTrainer, "log", interrupt_at(4))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_settings(folder), tmp_path, say=said.append)
+    assert said[-1] == f"interrupted after step 4; --resume goes on from {tmp_path / 'checkpoint-3'}"
+
+
+def interrupt_at(step):
+    """A `log` that is left by Ctrl-C."""
+    log = PackedTrainer.log
+
+    def wrapped(self, *arguments):
+        log(self, *arguments)
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+
+    return wrapped
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scheme", "pattern"), [("document", "anchor"), ("ulysses", "full")])
+def test_two_processes_that_share_rows_train_as_one_does(folder, tmp_path, scheme, pattern):
+    changes = {"pattern": pattern, "positions": "reset", **short()}
+    one = run(folder, tmp_path / "one", **changes)
+    two = run_on_processes(2, folder, tmp_path / scheme, parallel=scheme, **changes)
+    assert_same_run(two, one)
+
+
+@pytest.mark.slow
+def test_two_pairs_of_processes_train_as_two_processes_with_rows_of_their_own(folder, tmp_path):
+    changes = {"packing": {"bos_per_document": True}, "rows_per_step": 8, **short(gradient_accumulation_steps=1)}
+    two = run_on_processes(2, folder, tmp_path / "data", **changes)
+    four = run_on_processes(4, folder, tmp_path / "pairs", parallel="document", ranks_a_row=2, **changes)
+    assert_same_run(four, two)
+
+
+def assert_same_run(ours, theirs):
+    """Counts are equal, losses and gradients to float32's rounding."""
+    assert len(ours) == len(theirs) == 3
+    for our, their in zip(ours, theirs, strict=True):
+        assert all(our[name] == their[name] for name in ("step", "tokens", "lr"))
+        for name in ("loss", "grad_norm", "pairs_of_full"):
+            assert our[name] == pytest.approx(their[name], rel=2e-6)
+
+
+def test_processes_that_share_rows_read_the_same_ones_and_others_read_others():
+    sharings = [RowSharing.of("document", 2, process, 6) for process in range(6)]
+    assert [sharing.reader for sharing in sharings] == [0, 0, 1, 1, 2, 2]
+    assert [sharing.rank for sharing in sharings] == [0, 1] * 3
+    assert {sharing.readers for sharing in sharings} == {3}
+    assert RowSharing.of("ulysses", None, 1, 4).ranks == 4
+    with pytest.raises(ValueError, match=r"^ranks_a_row must divide the 6 processes, got 4"):
+        RowSharing.of("document", 4, 0, 6)
+
+
+# --- more refusals ---------------------------------------------------------------------------------------------------
 
 
 def test_rows_a_step_become_accumulation(folder, tmp_path):

@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 
 from anchor_attn.train.loop.recipes import RECIPES, find_recipe
-from anchor_attn.train.loop.settings import REFUSED, Settings, first_difference, settings_from, training_names, value_at
+from anchor_attn.train.loop.settings import (
+    REFUSED,
+    Settings,
+    describe_at,
+    first_difference,
+    settings_from,
+    training_hints,
+)
 from anchor_attn.train.loop.settings_file import flat, merged, read_yaml, write_yaml
 
 
@@ -53,7 +60,10 @@ def test_an_empty_file_is_the_defaults(tmp_path):
         ("engine: flash", r"^engine must be"),
         ("rope: fp32", r"^rope must be one of"),
         ("dtype: float16", r"^dtype must be one of \('float32', 'bfloat16'\), got 'float16'"),
-        ("parallel: ulysses", r"^parallel must be 'data', got 'ulysses'; Trainer gives every process rows of its own"),
+        ("parallel: rows", r"^parallel must be one of \('data', 'document', 'ulysses'\), got 'rows'"),
+        ("parallel: document\npattern: full", r"^pattern must keep documents to themselves .* pass scheme='ulysses'"),
+        ("ranks_a_row: 2", r"^ranks_a_row must be left out where parallel is 'data', got 2; set parallel: document"),
+        ("parallel: ulysses\nranks_a_row: 1", r"^ranks_a_row must be at least 2, got 1"),
         ("data: {sources: []}", r"^data\.sources must name at least one"),
         ("extension: {factor: 2}", r"^extension must have a method, got \['factor'\]"),
         ("rows_per_step: 0", r"^rows_per_step must be at least 1"),
@@ -63,6 +73,8 @@ def test_an_empty_file_is_the_defaults(tmp_path):
         ("training: {remove_unused_columns: true}", r"^training\.remove_unused_columns must be False, got True; leave"),
         ("training: {average_tokens_across_devices: false}", r"^training\.average_tokens_across_devices must be True"),
         ("training: {save_strategy: epoch}", r"^training\.save_strategy must be steps or no"),
+        ("training: {gradient_accumulation_steps: 0}", r"^training\.gradient_accumulation_steps must be at least 1"),
+        ("training: {per_device_train_batch_size: 0}", r"^training\.per_device_train_batch_size must be at least 1"),
         ("training: {save_steps: 0.1}", r"^training\.save_steps must be a whole number of steps, got 0\.1"),
     ],
 )
@@ -91,7 +103,7 @@ def test_a_value_of_another_type_is_refused_by_its_key(text, message, tmp_path):
 def test_every_argument_that_is_refused_or_free_is_one_of_trainers():
     from anchor_attn.train.loop.settings import FREE, SET_BY_US
 
-    names = {*training_names()}
+    names = {*training_hints()}
     # local_rank, trackio_space_id and project came and went between releases.
     optional = {"local_rank", "trackio_space_id", "project", "enable_jit_checkpoint", "parallelism_config"}
     assert {*REFUSED, *SET_BY_US, *(name.removeprefix("training.") for name in FREE)} - names <= optional
@@ -138,8 +150,8 @@ def test_a_run_is_made_longer_only_where_its_learning_rate_does_not_look_ahead()
 
     assert first_difference(settings(20, "constant"), settings(10, "constant")) is None
     assert first_difference(settings(20, "cosine"), settings(10, "cosine")) == "training.max_steps"
-    assert value_at(settings(20, "cosine"), "training.max_steps") == 20
-    assert value_at(settings(20, "cosine"), "training.seed") is None
+    assert describe_at(settings(20, "cosine"), "training.max_steps") == "20"
+    assert describe_at(settings(20, "cosine"), "training.seed") == "its default"
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from anchor_attn.train.loop.checkpoints import Checkpoints, check_checkpoint
 from anchor_attn.train.loop.losses import LOSSES, read_losses
 from anchor_attn.train.loop.run import train
@@ -113,3 +116,27 @@ def seconds_of(folder: Path, out: Path) -> float:
     start = time.perf_counter()
     assert run_in_child(folder, out, None) == 0
     return time.perf_counter() - start
+
+
+def run_on_processes(processes: int, folder: Path, out: Path, **changes) -> list[dict]:
+    """The lines of a run of several processes, as torchrun starts them."""
+    children = [
+        child_context().Process(target=_rank, args=(rank, processes, folder, out, changes)) for rank in range(processes)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0] * processes
+    return read_losses(out / LOSSES)
+
+
+def _rank(rank: int, processes: int, folder: Path, out: Path, changes: dict) -> None:
+    store = f"file://{folder / f'store-{out.name}'}"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    os.environ |= {name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    train(tiny_settings(folder, **changes), out, say=lambda _: None)
+    dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """From documents to rows, runs and comparisons."""
 
 from anchor_attn.train.collator import PackedCollator as PackedCollator
+from anchor_attn.train.collator import SplitCollator as SplitCollator
 from anchor_attn.train.documents import Documents as Documents
 from anchor_attn.train.documents import read_documents as read_documents
 from anchor_attn.train.insert_anchor import insert_anchor as insert_anchor

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.dialects.copied import IGNORED_LABEL
 from anchor_attn.masks.layout import ANCHOR_ID, PADDING_ID, PositionPolicy, check_position_policy
+from anchor_attn.masks.patterns import Pattern
+
+if TYPE_CHECKING:
+    from anchor_attn.parallel.layout import Scheme
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,52 @@ class PackedCollator:
             moved(labels, IGNORED_LABEL, IGNORED_LABEL),
             PackedLayout.from_document_ids(moved(ids, ids[first], PADDING_ID)),
         )
+
+
+@dataclass(frozen=True)
+class SplitCollator:
+    """Collates whole rows and keeps one rank's part; for Trainer, whose ranks of a mesh must then read the same rows.
+
+        SplitCollator(PackedCollator(), mesh.get_local_rank(), mesh.size())
+
+    Attributes:
+        whole: of the rows.
+        rank: as `split_batch`.
+        ranks: as `split_batch`.
+        scheme: as `split_batch`.
+        pattern: as `split_batch`.
+    """
+
+    whole: PackedCollator
+    rank: int
+    ranks: int
+    scheme: "Scheme" = "document"
+    pattern: Pattern = "anchor"
+
+    @property
+    def seq_len(self) -> int | None:
+        """Of the whole rows."""
+        return self.whole.seq_len
+
+    @property
+    def anchor_tokens(self) -> int:
+        """Of the whole rows."""
+        return self.whole.anchor_tokens
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """As `split_batch`, without its count: Trainer counts the labels of a step over all ranks by itself.
+
+        Args:
+            features: as `PackedCollator`.
+
+        Raises:
+            ValueError: as `PackedCollator` and `split_batch`.
+        """
+        from anchor_attn.parallel import split_batch
+
+        part = split_batch(self.whole(features), self.rank, self.ranks, self.scheme, self.pattern)
+        del part["num_items_in_batch"]
+        return part
 
 
 def _labels(input_ids: Tensor, layout: PackedLayout) -> Tensor:

@@ -1,6 +1,7 @@
 """`anchor-attn train`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,11 +62,14 @@ def train_command(
         resume=resume,
         say=lambda line: typer.echo(line, err=True),
     )
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one speaks
+        return
     if as_json:
         meta = json.loads((out / f"{LOSSES}.meta.json").read_text(encoding="utf-8"))
         typer.echo(json.dumps({"meta": meta, "records": read_losses(out / LOSSES)}, indent=1))
     elif outcome.checkpoint is not None:
-        ended = f"stopped at step {outcome.step} of {outcome.steps}; --resume goes on" if outcome.stopped else "done"
+        is_done = outcome.step == outcome.steps
+        ended = "done" if is_done else f"stopped at step {outcome.step} of {outcome.steps}; --resume goes on"
         typer.echo(f"{ended}. {out / LOSSES}; {outcome.checkpoint} loads with from_pretrained", err=True)
 
 

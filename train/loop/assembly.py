@@ -17,6 +17,7 @@ from anchor_attn.train.collator import PackedCollator
 from anchor_attn.train.loop.checkpoints import Checkpoints, Progress
 from anchor_attn.train.loop.losses import LOSSES, LossLog
 from anchor_attn.train.loop.settings import Settings
+from anchor_attn.train.loop.sharing import RowSharing
 from anchor_attn.train.presets import SIZES, check_rope, create_model
 from anchor_attn.train.streaming import PackedStream, StreamSource
 from anchor_attn.train.tokenizers import Tokenizer, load_tokenizer
@@ -42,9 +43,16 @@ def create_trainer(
     from anchor_attn.train.loop.trainer import Journal, PackedTrainer, describe_parallel
 
     tokenizer = load_tokenizer(settings.tokenizer or _tokenizer_of(settings))
-    stream = open_stream(settings, tokenizer, args)
+    sharing = RowSharing.of(settings.parallel, settings.ranks_a_row, args.process_index, args.world_size)
+    stream = open_stream(settings, tokenizer, args, sharing)
     model = build_model(settings, tokenizer)
     router_loss = take_router_loss(model, settings.router_weight)
+    if router_loss is not None and sharing.ranks > 1:
+        raise ValueError(
+            f"router_weight must be 0 where processes share rows, got {router_loss.weight:g}: none of them sees all "
+            "tokens that it would balance; pass router_weight: 0, or parallel: data."
+        )
+    model = sharing.spread(model, device)
     costs = costs_of(model, device)
     bos = settings.packing.bos_per_document
     collator = PackedCollator(
@@ -60,14 +68,15 @@ def create_trainer(
         losses = LossLog(checkpoints.folder / LOSSES, {**meta, "dtype": settings.dtype, "world_size": args.world_size})
         if absent := losses.go_on_after(0 if done is None else done.step):
             say(f"{losses.path} has no line for {len(absent)} steps, {absent[0]} the first: somebody else wrote to it")
-    meter = StepMeter(settings.pattern, device, costs, bos, 0 if done is None else done.tokens)
+    meter = StepMeter(settings.pattern, device, costs, bos, 0 if done is None else done.tokens, sharing.ranks)
     every = settings.training.get("logging_steps", 1)
     journal = Journal(meter, losses, checkpoints, say, every, asked_to_stop)
-    trainer = PackedTrainer(model, args, stream, collator, journal, router_loss)
+    collate = sharing.part_of(collator, settings.pattern)
+    trainer = PackedTrainer(model, args, stream, collate, journal, router_loss)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"{settings.model}: {parameters:,} parameters, {settings.pattern}, {settings.positions} positions, "
-        f"{describe_parallel(trainer, settings.training)}"
+        f"{describe_parallel(trainer, settings.training)}{sharing}"
     )
     if done is not None:
         say(f"going on after step {done.step}, from {checkpoints.path(done.step)}")
@@ -111,7 +120,9 @@ def _with_lora(model: Any, options: dict[str, Any]) -> Any:
         raise ValueError(f"lora must hold what PEFT's LoraConfig takes, got {options} ({error}); mend it.") from error
 
 
-def open_stream(settings: Settings, tokenizer: Tokenizer, args: "TrainingArguments") -> PackedStream:
+def open_stream(
+    settings: Settings, tokenizer: Tokenizer, args: "TrainingArguments", sharing: RowSharing
+) -> PackedStream:
     """The rows of this process."""
     data, packing = settings.data, settings.packing
     return PackedStream(
@@ -125,8 +136,8 @@ def open_stream(settings: Settings, tokenizer: Tokenizer, args: "TrainingArgumen
         seed=args.data_seed if args.data_seed is not None else args.seed,
         shuffle=data.shuffle,
         window_documents=data.window_documents,
-        rank=args.process_index,
-        world_size=args.world_size,
+        rank=sharing.reader,
+        world_size=sharing.readers,
     )
 
 
@@ -167,7 +178,8 @@ def training_arguments(settings: Settings, out: Path, device: str) -> "TrainingA
             "-m anchor_attn.cli train …, or choose one with CUDA_VISIBLE_DEVICES=0."
         )
     if settings.rows_per_step is not None:
-        at_once = args.per_device_train_batch_size * args.world_size
+        sharing = RowSharing.of(settings.parallel, settings.ranks_a_row, args.process_index, args.world_size)
+        at_once = args.per_device_train_batch_size * sharing.readers
         if settings.rows_per_step % at_once:
             raise ValueError(
                 f"rows_per_step must be a multiple of the {at_once} rows that {args.world_size} processes take at "

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anchor_attn.masks import PackedLayout, attended_pairs
 from anchor_attn.masks.patterns import Pattern
+from anchor_attn.parallel.layout import ShardedLayout
 from anchor_attn.train.run import peak_bytes
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ class StepMeter:
         costs: of the model, for MFU.
         bos_tokens: whether every document has a BOS of its own, which is not counted.
         tokens: document tokens of all processes since the run began.
+        ranks_a_row: processes that share a row, and count it each.
     """
 
     pattern: Pattern
@@ -82,6 +84,7 @@ class StepMeter:
     costs: Costs
     bos_tokens: bool = False
     tokens: int = 0
+    ranks_a_row: int = 1
     _start: float = 0.0
     _wait_s: float = 0.0
     _mask: Clock = field(default_factory=Clock)
@@ -109,13 +112,17 @@ class StepMeter:
                 return
             yield batch
 
-    def add_layout(self, layout: PackedLayout) -> TimedLayout:
-        """Count a micro-batch, and time what its layout will make."""
-        extra = layout.num_documents if self.bos_tokens else 0
-        self._own_tokens += sum(map(sum, layout.document_lengths)) - extra
-        self._pairs += sum(attended_pairs(layout, self.pattern))
-        self._full_pairs += sum(attended_pairs(layout, "full"))
-        return TimedLayout(layout, self._mask)
+    def add_layout(self, layout: PackedLayout | ShardedLayout) -> PackedLayout | ShardedLayout:
+        """Count a micro-batch, its rows whole, and time what its layout will make."""
+        whole = layout.whole if isinstance(layout, ShardedLayout) else layout
+        extra = whole.num_documents if self.bos_tokens else 0
+        self._own_tokens += sum(map(sum, whole.document_lengths)) - extra
+        self._pairs += sum(attended_pairs(whole, self.pattern))
+        self._full_pairs += sum(attended_pairs(whole, "full"))
+        if isinstance(layout, PackedLayout):
+            return TimedLayout(layout, self._mask)
+        own, shared = (part and TimedLayout(part, self._mask) for part in (layout.own, layout.shared))
+        return replace(layout, own=own, shared=shared)
 
     def add_loss(self, loss: Tensor, router_loss: Tensor | None) -> None:
         """A micro-batch's share of the step's loss, and its load-balancing loss where the model has one."""
@@ -142,11 +149,12 @@ class StepMeter:
         table = gather(torch.tensor([own], dtype=torch.float64, device=self._losses[0].device)).cpu()
         means, sums, most = table.mean(0).tolist(), table.sum(0).tolist(), table.amax(0).tolist()
         seconds = most[7]
-        self.tokens += round(sums[2])
+        tokens, pairs = sums[2] / self.ranks_a_row, sums[3] / self.ranks_a_row
+        self.tokens += round(tokens)
         numbers: dict[str, Any] = {
             "loss": means[0],
             "tokens": self.tokens,
-            "tokens_per_s": sums[2] / seconds,
+            "tokens_per_s": tokens / seconds,
             "step_s": seconds,
             "wait_s": most[6],
             "mask_s": most[5],
@@ -156,7 +164,7 @@ class StepMeter:
         if self._router_losses:
             numbers["router_loss"] = means[1]
         if self.costs.peak_flops_per_s is not None:
-            flops = self.costs.per_token * sums[2] + self.costs.per_pair * sums[3]
+            flops = self.costs.per_token * tokens + self.costs.per_pair * pairs
             numbers["mfu"] = flops / seconds / (self.costs.peak_flops_per_s * len(table))
         return numbers, most[9] > 0
 

@@ -17,7 +17,8 @@ from anchor_attn.results import check_device, check_folder, check_seed
 from anchor_attn.train.loop.assembly import create_trainer, training_arguments
 from anchor_attn.train.loop.checkpoints import Checkpoints, Progress
 from anchor_attn.train.loop.disk import locked, write_text
-from anchor_attn.train.loop.settings import Settings, first_difference, settings_from, value_at
+from anchor_attn.train.loop.losses import LOSSES
+from anchor_attn.train.loop.settings import Settings, describe_at, first_difference, settings_from
 from anchor_attn.train.loop.settings_file import read_yaml, write_yaml
 from anchor_attn.train.presets import check_model
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 CONFIG = "config.yaml"
+LONGER = " with model: this run's checkpoint (lr_scheduler_type: constant lets a run be made longer)"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ def train(
         try:
             with _no_progress_bars():
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except KeyboardInterrupt:
+            kept = f"{checkpoints.path(saved[0])}" if (saved := checkpoints.steps()) else "step 1"
+            said(f"interrupted after step {trainer.state.global_step}; --resume goes on from {kept}")
+            raise
         finally:
             if trainer.journal.losses is not None:
                 trainer.journal.losses.close()
@@ -97,18 +103,20 @@ def open_folder(
     Raises:
         ValueError: another run is there, or this one without `resume`, or one of other settings or processes.
     """
-    path = checkpoints.folder / CONFIG
-    if path.exists() and not resume:
+    path, losses = checkpoints.folder / CONFIG, checkpoints.folder / LOSSES
+    # One that ended before its first step, by a setting that did not hold, left nothing to go on from.
+    begun = bool(checkpoints.steps()) or (losses.exists() and losses.stat().st_size > 0)
+    if begun and not resume:
         raise ValueError(
             f"out must be a folder without a run, got {str(checkpoints.folder)!r}; pass --resume to go on with that "
             "run, or name another folder."
         )
-    if path.exists():
+    if begun and path.exists():
         before = settings_from(read_yaml(path))
         if key := first_difference(settings, before):
             raise ValueError(
-                f"{key} must be what the run began with, {value_at(before, key)!r}, got {value_at(settings, key)!r}; "
-                f"see {path}, or name another --out."
+                f"{key} must be what the run began with, {describe_at(before, key)}, got {describe_at(settings, key)}; "
+                f"see {path}, or name another --out{LONGER if key == 'training.max_steps' else ''}."
             )
     write_text(path, write_yaml(settings))
     checkpoints.clear_unfinished()

@@ -10,13 +10,15 @@ training: {max_steps: 2000, learning_rate: 2e-5, bf16: true}      all of transfo
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 from anchor_attn.engines.choice import check_engine
 from anchor_attn.masks.layout import PositionPolicy, check_position_policy
 from anchor_attn.masks.patterns import PATTERNS, Pattern
+from anchor_attn.parallel.balance import check_whole_documents
 from anchor_attn.rope.precision import RopePrecision, check_rope_precision
-from anchor_attn.train.loop.settings_file import flat, plain, read_as, refuse_unknown
+from anchor_attn.train.loop.settings_file import flat, plain, read_as, refuse_unknown, value_as
 
 # What Trainer must be left to, with the reason; a config may repeat the value, and no other.
 SET_BY_US: dict[str, tuple[Any, str]] = {
@@ -42,7 +44,7 @@ REFUSED: dict[str, str] = {
     "push_to_hub": "upload the finished checkpoint",
     "save_only_model": "a resumed run needs the optimizer too",
     "train_sampling_strategy": "set data.shuffle",
-    "parallelism_config": "use torchrun, with fsdp in training",
+    "parallelism_config": "use torchrun, with fsdp in training, and parallel beside it",
     "local_rank": "use torchrun",
 }
 # May differ in a resumed run: where it says something, not what it computes.
@@ -126,7 +128,9 @@ class Settings:
         lora: arguments of PEFT's LoraConfig; all weights are trained when None.
         router_weight: of the load-balancing loss of a mixture of experts; what the model's config says when None.
         rows_per_step: rows an optimizer step over all processes; sets the accumulation. From `training` when None.
-        parallel: "data": every process has rows of its own.
+        parallel: "data": every process has rows of its own; "document" or "ulysses": processes share rows, as
+            `parallelize`.
+        ranks_a_row: processes that share a row; all when None.
         training: arguments of transformers' TrainingArguments.
     """
 
@@ -144,7 +148,8 @@ class Settings:
     lora: Mapping[str, Any] | None = None
     router_weight: float | None = None
     rows_per_step: int | None = None
-    parallel: str = "data"
+    parallel: Literal["data", "document", "ulysses"] = "data"
+    ranks_a_row: int | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -161,11 +166,7 @@ def settings_from(content: Mapping[str, Any]) -> Settings:
     check_position_policy(settings.positions)
     check_engine(settings.engine)
     check_rope_precision(settings.rope)
-    if settings.parallel != "data":
-        raise ValueError(
-            f"parallel must be 'data', got {settings.parallel!r}; Trainer gives every process rows of its own, and its "
-            "loss would not know of a row that several share. Call anchor_attn.parallel from a loop of your own."
-        )
+    _check_parallel(settings)
     if not settings.data.sources:
         raise ValueError("data.sources must name at least one, got none; pass {path: …}.")
     if settings.rows_per_step is not None and settings.rows_per_step < 1:
@@ -178,9 +179,23 @@ def settings_from(content: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def _check_parallel(settings: Settings) -> None:
+    if settings.parallel == "document":
+        check_whole_documents(settings.pattern)
+    if settings.ranks_a_row is None:
+        return
+    if settings.parallel == "data":
+        raise ValueError(
+            f"ranks_a_row must be left out where parallel is 'data', got {settings.ranks_a_row}; "
+            "set parallel: document."
+        )
+    if settings.ranks_a_row < 2:
+        raise ValueError(f"ranks_a_row must be at least 2, got {settings.ranks_a_row}; or set parallel: data.")
+
+
 def _check_training(settings: Settings) -> None:
     training = settings.training
-    refuse_unknown(training, training_names(), "training.")
+    refuse_unknown(training, training_hints(), "training.")
     for name, (value, reason) in SET_BY_US.items():
         if training.get(name, value) != value:
             raise ValueError(f"training.{name} must be {value}, got {training[name]!r}; leave it out: {reason}.")
@@ -196,6 +211,12 @@ def _check_training(settings: Settings) -> None:
         raise ValueError(
             "rows_per_step must stand alone, got it beside training.gradient_accumulation_steps; leave one out."
         )
+    for name, hint in training_hints().items():
+        if training.get(name) is not None and is_number(hint):
+            value_as(hint, training[name], f"training.{name}")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if training.get(name, 1) < 1:
+            raise ValueError(f"training.{name} must be at least 1, got {training[name]}; pass 1, say.")
     for name in ("save_steps", "logging_steps"):
         if not (isinstance(steps := training.get(name, 1), int) and steps >= 1):
             raise ValueError(f"training.{name} must be a whole number of steps, got {steps!r}; pass 100, say.")
@@ -216,14 +237,21 @@ def first_difference(ours: Settings, theirs: Settings) -> str | None:
     return None
 
 
-def value_at(settings: Settings, key: str) -> Any:
-    """What stands at a flat key, None where there is nothing."""
-    return flat(plain(asdict(settings))).get(key)
+def describe_at(settings: Settings, key: str) -> str:
+    """What stands at a flat key, for an error line."""
+    values = flat(plain(asdict(settings)))
+    return repr(values[key]) if key in values else "its default"
 
 
 @cache
-def training_names() -> tuple[str, ...]:
-    """The arguments of the TrainingArguments that is installed."""
+def training_hints() -> Mapping[str, Any]:
+    """The arguments of the TrainingArguments that is installed, and their types."""
     from transformers import TrainingArguments
 
-    return tuple(sorted(one.name for one in fields(TrainingArguments) if one.init))
+    hints = get_type_hints(TrainingArguments)
+    return {name: hints[name] for name in sorted(one.name for one in fields(TrainingArguments) if one.init)}
+
+
+def is_number(hint: Any) -> bool:
+    """Whether a type is of numbers, truth values and nothing else."""
+    return set(get_args(hint) or (hint,)) <= {int, float, bool, NoneType}

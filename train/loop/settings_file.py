@@ -61,17 +61,22 @@ def read_as(kind: type[S], content: Any, where: str) -> S:
         raise TypeError(f"{where.rstrip('.')} must be a mapping, got {content!r:.60}; write it as {{name: value}}.")
     hints = typing.get_type_hints(kind)
     refuse_unknown(content, hints, where)
-    return kind(**{name: _value(hints[name], value, where + name) for name, value in content.items()})
+    return kind(**{name: value_as(hints[name], value, where + name) for name, value in content.items()})
 
 
-def _value(hint: Any, value: Any, name: str) -> Any:
-    """A value of the hinted type; lists of dataclasses become tuples of them."""
+def value_as(hint: Any, value: Any, name: str) -> Any:
+    """A value of the hinted type; lists of dataclasses become tuples of them.
+
+    Raises:
+        ValueError: none of a Literal's.
+        TypeError: of another type.
+    """
     if is_dataclass(hint) and isinstance(hint, type):
         return read_as(hint, value, f"{name}.")
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise TypeError(f"{name} must be a list, got {value!r:.60}; write it as [{{…}}].")
-        return tuple(_value(typing.get_args(hint)[0], one, f"{name}[{index}]") for index, one in enumerate(value))
+        return tuple(value_as(typing.get_args(hint)[0], one, f"{name}[{index}]") for index, one in enumerate(value))
     choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     plain = tuple(typing.get_origin(choice) or choice for choice in choices)
     if Literal in plain:

@@ -16,7 +16,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from anchor_attn.results import CheckError
-from anchor_attn.train.collator import PackedCollator
+from anchor_attn.train.collator import PackedCollator, SplitCollator
 from anchor_attn.train.items import one_line
 from anchor_attn.train.loop.checkpoints import UNFINISHED, Checkpoints, Progress
 from anchor_attn.train.loop.losses import LossLog
@@ -53,7 +53,7 @@ class PackedTrainer(Trainer):
         model: wrapped.
         args: with logging_steps=1.
         stream: the rows.
-        collator: of the rows.
+        collator: of the rows, or of this process's part of them.
         journal: where the run leaves its traces.
         router_loss: of a mixture of experts; None for other models.
     """
@@ -63,7 +63,7 @@ class PackedTrainer(Trainer):
         model: Any,
         args: TrainingArguments,
         stream: PackedStream,
-        collator: PackedCollator,
+        collator: PackedCollator | SplitCollator,
         journal: Journal,
         router_loss: RouterLoss | None = None,
     ) -> None:

@@ -3,7 +3,7 @@
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from anchor_attn.train.collator import PackedCollator
+from anchor_attn.train.collator import PackedCollator, SplitCollator
 from anchor_attn.train.streaming.stream import PackedStream
 
 if TYPE_CHECKING:
@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
 
 def create_loader(
-    stream: PackedStream, batch_size: int, collator: PackedCollator, *, num_workers: int = 0, **options: Any
+    stream: PackedStream,
+    batch_size: int,
+    collator: PackedCollator | SplitCollator,
+    *,
+    num_workers: int = 0,
+    **options: Any,
 ) -> "StatefulDataLoader":
     """Batches of a stream, with a `state_dict` that says where every worker stands.
 
@@ -43,6 +48,7 @@ def create_loader(
             raise ValueError(
                 f"collator must have the stream's {name}={streams}, got {own}; pass PackedCollator({name}={streams})."
             )
+    stream.settings  # noqa: B018 - samples the files once, before there are workers that would each do it
     with warnings.catch_warnings():
         # torchdata 0.11 calls what torch 2.12 deprecates; TODO drop this when a torchdata does not.
         warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
