@@ -66,7 +66,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return _around(mean, [value - mean for value in values], 1.0)
 
 
-def ratio_interval(values: Sequence[float], references: Sequence[float]) -> Interval | None:
+def ratio_interval(values: Sequence[float], references: Sequence[float], comparisons: int = 1) -> Interval | None:
     """The mean of some values over the mean of others, paired by unit; None where the others are zero.
 
     Its error is that of the residuals, value − ratio · reference: what a unit has in common with its reference cancels.
@@ -74,21 +74,22 @@ def ratio_interval(values: Sequence[float], references: Sequence[float]) -> Inte
     Args:
         values: one a unit.
         references: of the same units.
+        comparisons: that share the 5 % by which an interval may miss: each has 5 % over so many (Bonferroni).
     """
     reference = math.fsum(references) / len(references)
     if not reference:
         return None
     ratio = math.fsum(values) / len(values) / reference
     residuals = [value - ratio * other for value, other in zip(values, references, strict=True)]
-    return _around(ratio, residuals, reference)
+    return _around(ratio, residuals, reference, comparisons)
 
 
-def _around(mean: float, residuals: Sequence[float], divisor: float) -> Interval:
+def _around(mean: float, residuals: Sequence[float], divisor: float, comparisons: int = 1) -> Interval:
     units = len(residuals)
     if units < UNITS_FOR_AN_INTERVAL or not math.isfinite(mean):
         return Interval(mean, None, None, units)
     from scipy import stats
 
     variance = math.fsum(residual**2 for residual in residuals) / (units - 1)
-    half = float(stats.t.ppf(0.975, units - 1)) * math.sqrt(variance / units) / abs(divisor)
+    half = float(stats.t.ppf(1 - 0.025 / comparisons, units - 1)) * math.sqrt(variance / units) / abs(divisor)
     return Interval(mean, mean - half, mean + half, units)

@@ -1,15 +1,19 @@
 """`anchor-attn drift`: what is measured is what is printed, written and drawn; one line for bad input."""
 
 import csv
+import io
 import json
+import logging
 import math
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from families import tiny_model
+from transformers import BertConfig, BertModel
 
 from anchor_attn.cli import drift_run, main
 from anchor_attn.cli.drift_input import read_numbers
@@ -17,10 +21,12 @@ from anchor_attn.drift import DriftReport, States, measure_drift, random_states
 from anchor_attn.drift.models.fix import measure_fix, policy_of
 from anchor_attn.drift.pages import draw, page
 from anchor_attn.drift.pages.choice_sections import describe_fix
+from anchor_attn.drift.pages.draw_sweep import draw_sweep_figure
 from anchor_attn.drift.pages.findings import describe_findings
 from anchor_attn.drift.pages.numbers import brief, name_shift
 from anchor_attn.drift.policies import rotate
 from anchor_attn.drift.result import DriftResult, exceeding, measure_lengths, pool_layers
+from anchor_attn.drift.sweep import sweep_drift
 from anchor_attn.rope.precision import ROPE_PRECISIONS, apply_rotary, rotary_table
 
 FILES = ("drift.json", "drift.csv", "drift.html", "drift.png")
@@ -105,6 +111,25 @@ def test_stages_alone_stand_in_a_table_of_their_own(run):
     assert stages["storage"] == brief(measured().at("exact", 4_000_000, stage="storage").mean_abs)
 
 
+def test_stages_alone_of_the_attention_stand_behind_those_of_the_scores(run, tmp_path):
+    _, out, _ = run(*SMALL)
+    part = out[out.index("Where it comes from, attention weights: each stage alone, +4M") :].splitlines()
+    header, report = part[1].split(), measured()
+    stages = dict(zip(header, part[4].split(), strict=True))
+
+    assert header == ["policy", "whole", "angles", "table", "rotation", "storage", "accumulation"]
+    expected = report.at("exact", 4_000_000, stage="storage", level="attention")
+    assert (stages["policy"], stages["storage"]) == ("exact", brief(expected.mean_abs))
+    assert stages["whole"] == brief(report.at("exact", 4_000_000, level="attention").mean_abs)
+    alone = [report.at(p, 4_000_000, stage="softmax", level="attention") for p in POLICIES[:2]]
+    worst = max(alone, key=lambda record: record.mean_abs)
+    assert part[6].startswith(f"softmax alone: {brief(worst.mean_abs)} (floor {brief(worst.floor)}); a shift reaches")
+    found = {(record["stage"], record["level"]) for record in content(tmp_path)["stages"]}
+    assert ("softmax", "attention") in found
+    assert ("softmax", "scores") not in found
+    assert {stage for stage, level in found if level == "scores"} == {s for s, _ in found} - {"softmax"}
+
+
 def test_nothing_runs_over_80_columns(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = run("--lengths", "64", "--queries", "4")
@@ -161,6 +186,7 @@ def test_records_hold_each_policy_shift_and_length_once(run, tmp_path):
         "policy", "shift", "seq_len", "mean_abs", "max_abs", "rms", "relative", "floor", "predicted", "pairs",
     }  # fmt: skip
     assert found["meta"]["lengths"] == [32, 64]
+    assert (found["meta"]["theta"], found["meta"]["queries"]) == (10_000.0, 16)
     assert {"versions", "device", "git_commit", "seed", "dtype", "command", "policies"} <= found["meta"].keys()
 
 
@@ -290,6 +316,27 @@ def test_a_model_is_measured_layer_by_layer_and_as_a_whole(run, tmp_path):
         assert heading in out
     pairs = Counter((record["policy"], record["shift"]) for record in found["records"])
     assert set(pairs.values()) == {1}
+
+
+def test_missing_weights_are_said_of_a_model_that_is_measured(run, tmp_path):
+    model = tiny_model("llama")
+    state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(tmp_path / "partial", state_dict=state)
+    with said_by_transformers() as said:
+        assert run("--model", "partial", *SMALL)[0] == 0
+    assert "layers.1.mlp" in said.getvalue()
+
+
+@contextmanager
+def said_by_transformers():
+    """Its log goes to the stderr that there was when it was imported."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
 
 
 def test_layers_and_text_are_chosen(run, tmp_path):
@@ -513,6 +560,10 @@ def test_numbers_have_suffixes():
     ("arguments", "message"),
     [
         (["--policies", "bf16"], "--policies must be among bf16_angles, "),
+        (["--policies", "exact,exact"], "--policies must be named once, got 'exact' named twice; leave one out."),
+        (["--lengths", "900M"], "--lengths must stay below 536,870,912 tokens, got 900,000,000"),
+        (["--model", "tiny", "--layers=-1"], "--layers must be whole numbers apart by commas, got '-1'; pass 0,5,11,"),
+        (["--documents", "nan"], "--documents must be whole numbers apart by commas, got 'nan'; pass 300,500,223,"),
         (["--policies", " , "], "--policies must be given"),
         (["--shifts=-5"], "--shifts must be whole numbers apart by commas, got '-5'"),
         (["--shifts", "1G"], "--shifts must be whole numbers apart by commas, got '1G'"),
@@ -538,7 +589,7 @@ def test_numbers_have_suffixes():
         (["--model", "tiny", "--theta", "5"], "--theta must be left out beside a model, got 5"),
         (["--model", "tiny", "--dtype", "int8"], "--dtype must be one of"),
         (["--model", "tiny", "--layers", "7", "--lengths", "16"], "--layers must be among 0 … 1, got 7"),
-        (["--model", "tiny", "--lengths", "9000M", "--shifts", "1"], "--shifts must stay below"),
+        (["--model", "tiny", "--lengths", "9000M", "--shifts", "1"], "--lengths must stay below"),
         (["--model", "tiny", "--lengths", "400M"], "--lengths must fit into memory, got 400,000,000 tokens"),
         (["--model", "tiny", "--text", "none.txt"], "which does not exist"),
         (["--model", "tiny", "--text", "file.txt"], "--text must hold 1 sequence of 1,024 tokens, got 13"),
@@ -558,18 +609,27 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message
     assert not list(tmp_path.glob("runs/drift/*"))
 
 
-def test_a_model_without_rotary_positions_and_one_that_makes_nan_are_refused(run, tmp_path):
+def test_a_model_without_rotary_positions_and_one_that_makes_nan_are_refused(run, tmp_path, capsys):
     tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
     broken = tiny_model("llama")
     broken.model.layers[1].self_attn.k_proj.weight.data[0, 0] = math.nan
     broken.save_pretrained(tmp_path / "broken")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(**sizes, vocab_size=64)).save_pretrained(
+        tmp_path / "bert"
+    )  # without the head that is asked for
+    capsys.readouterr()  # bars of what was saved
     for model, message in (
         ("gpt2", "--model must have rotary position"),
+        ("bert", "--model must have rotary position"),
         ("broken", "key must be finite, got nan or inf in layer 1"),
     ):
-        code, out, err = run("--model", model, "--lengths", "16")
+        with said_by_transformers() as said:
+            code, out, err = run("--model", model, "--lengths", "16")
+        assert not said.getvalue()
         assert (code, out) == (2, "")
-        assert message in err.splitlines()[-1]
+        assert message in err
+        assert err.count("\n") == 1, err
         assert not list(tmp_path.glob("runs/drift/*"))
 
 
@@ -609,6 +669,24 @@ def test_a_sweep_has_every_base_and_method(run, tmp_path):
     )
     assert plain / interpolated == pytest.approx(16, rel=0.2)  # angles, and with them their errors, are divided by 16
     assert "fp32: mean |Δ score| in % of the mean |score|" in out
+    assert "Not in it: longrope" in out
+    assert (tmp_path / "swept/sweep.png").stat().st_size > 10_000
+
+
+def test_the_picture_of_a_sweep_has_a_panel_a_policy_and_a_line_a_method():
+    bases, methods = (1e4, 1e6), ("default", "linear", "yarn")
+    for shifts, shown in (((16, 1_000_000, 4_000_000), 1_000_000), ((16, 30_000), 30_000)):
+        swept = sweep_drift(bases, methods, policies=["exact", "fp32"], shifts=shifts, seq_len=24, head_dim=16)
+        figure = draw_sweep_figure(swept, "24 tokens")
+        assert [axes.get_title() for axes in figure.axes] == ["exact", "fp32"]
+        assert name_shift(shown) in figure._suptitle.get_text()
+        for axes in figure.axes:
+            for line, method in zip(axes.lines, methods, strict=True):
+                own = [r for r in swept if (r.method, r.drift.policy, r.drift.shift) == (
+                    method, axes.get_title(), shown)]  # fmt: skip
+                assert line.get_label() == method
+                assert list(line.get_xdata()) == list(bases)
+                assert list(line.get_ydata()) == [100 * record.drift.relative for record in own]
 
 
 @pytest.mark.parametrize("option", [["--fix"], ["--paper"], ["--model", "tiny"], ["--documents", "3,4"]])

@@ -17,7 +17,7 @@ from anchor_attn.drift.measure import checked_shifts
 from anchor_attn.drift.policies import FP64, STAGES, multiply, read, rotate, rounded, weigh
 from anchor_attn.drift.spectrum import pair_contributions
 from anchor_attn.drift.tally import Bins, Pairs, Tallies
-from anchor_attn.drift.view import View
+from anchor_attn.drift.view import View, count_queries
 from anchor_attn.masks import dense_mask
 from anchor_attn.rope import apply_rotary, inverse_frequencies, rotary_table
 
@@ -404,9 +404,70 @@ def test_a_stage_alone_is_the_policy_that_is_float64_elsewhere():
     for stage in STAGES:
         rounding = getattr(POLICIES["bf16_cos_sin"], stage)
         alone = measured(states, [Policy("alone", **{stage: rounding})])
-        for level in ("scores", "attention"):
+        for level in ("attention",) if stage == "softmax" else ("scores", "attention"):
             one, two = staged.at("bf16_cos_sin", 1_000, stage=stage, level=level), alone.at("alone", 1_000, level=level)
             assert dataclasses.replace(one, policy="", stage=None) == dataclasses.replace(two, policy="")
+
+
+def test_every_stage_alone_is_measured_at_both_levels_but_the_softmax_which_is_behind_the_scores():
+    report = measured(some_states(), ["bf16_cos_sin", "exact"], stages=True)
+    for policy in ("bf16_cos_sin", "exact"):
+        stages = set(POLICIES[policy].stages)
+        for level, expected in (("scores", stages - {"softmax"}), ("attention", stages)):
+            found = [r for r in report.records if r.stage and (r.policy, r.level) == (policy, level)]
+            assert {record.stage for record in found} == expected
+            assert {(record.by, record.share) for record in found if record.mean_abs} == {("all", 1.0)}
+    softmax, storage = (
+        report.at("exact", 1_000, stage=stage, level="attention").mean_abs for stage in ("softmax", "storage")
+    )
+    assert softmax < 1e-6 * storage
+
+
+def test_a_softmax_in_bfloat16_acts_on_what_other_stages_moved_and_is_at_the_floor_alone():
+    states = some_states(heads=1, key_heads=1)
+    policy = Policy("narrow", storage="bfloat16", softmax="bfloat16")
+    report = measured(states, [policy, STORED], stages=True)
+    found = {name: report.at(name, 1_000, level="attention").mean_abs for name in ("narrow", "stored")}
+    weights = []
+    for moved in (0, 1_000):
+        turned = []
+        for x in (states.query[0, 0].double(), states.key[0, 0].double()):
+            angles = (torch.arange(40) + moved)[:, None] * states.inv_freq.double()
+            first, second = x.chunk(2, -1)
+            cos, sin = angles.cos(), angles.sin()
+            turned.append(torch.cat((first * cos - second * sin, second * cos + first * sin), -1).bfloat16().double())
+        scores = (turned[0] @ turned[1].mT / 4).bfloat16().float()
+        rows = [scores[row, : row + 1].softmax(0).bfloat16().double() for row in range(40)]
+        weights.append(torch.cat(rows))
+    assert found["narrow"] == pytest.approx(float((weights[1] - weights[0]).abs().mean()), rel=1e-9)
+    assert found["narrow"] > 1.1 * found["stored"]
+    alone = report.at("narrow", 1_000, stage="softmax", level="attention")
+    assert alone.mean_abs < 10 * alone.floor
+
+
+def test_a_softmax_alone_is_seen_where_scores_stand_between_two_numbers_of_its_format():
+    between = 1 + 2.0**-24  # of 1 and its neighbour in float32: the last bit of float64 decides
+    query = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 1, 40, 2)
+    states = States(query, query * between, torch.ones(1), scale=1.0)
+    report = measured(states, [Policy("mine", softmax="float32")], stages=True)
+    alone = report.at("mine", 1_000, stage="softmax", level="attention")
+    assert alone.mean_abs > 10 * alone.floor
+    assert not report.select(policy="mine", stage="softmax")
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "count"), [(1, 1), (2_048, 512), (16_384, 512), (32_768, 256), (131_072, 64), (10**6, 64)]
+)
+def test_by_default_fewer_queries_of_a_longer_row_are_measured(seq_len, count):
+    assert count_queries(seq_len, "by length") == count
+    assert count_queries(seq_len, None) == seq_len
+    assert count_queries(seq_len, 3) == min(3, seq_len)
+
+
+def test_the_settings_say_how_many_queries_were_measured():
+    report = measure_drift(states=some_states(seq_len=600, heads=1, key_heads=1), policies=["exact"], shifts=[16])
+    assert report.settings["queries"] == 512
+    assert measured(some_states(seq_len=40)).settings["queries"] == 40
 
 
 def test_a_users_policy_is_measured_beside_the_known_ones():
@@ -552,6 +613,18 @@ REFUSED = {
         ValueError,
         "layout must describe 1 rows of 40 tokens, got 1 of 6",
     ),
+    "shifts in words": (
+        lambda: measure_drift(shifts="16"),
+        TypeError,
+        "shifts must be a sequence of integers, got '16'",
+    ),
+    "one shift": (lambda: measure_drift(shifts=16), TypeError, "shifts must be a sequence of integers, got 16; pass ["),
+    "more tokens than exact positions": (
+        lambda: checked_shifts([16], 900_000_000, [FP64]),
+        ValueError,
+        "seq_len must stay below 536,870,912 tokens, got 900,000,000",
+    ),
+    "queries in words": (lambda: measure_drift(queries="few"), TypeError, "queries must be an integer"),
     "no queries": (lambda: measure_drift(queries=0), ValueError, "queries must be at least 1, got 0"),
     "no heads": (lambda: random_states(num_heads=0), ValueError, "num_heads must be at least 1, got 0"),
     "beyond float16": (

@@ -11,7 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from anchor_attn import PackedLayout, wrap
 from anchor_attn.configs import configs_of
-from anchor_attn.drift import capture_states, measure_drift
+from anchor_attn.drift import capture_states, measure_drift, measure_shifted
+from anchor_attn.drift.models.fix import measure_fix
 from anchor_attn.drift.policies import POLICIES, rotate
 from anchor_attn.hf.forward import attention_before, attention_forward, defer_mask
 from anchor_attn.rope import apply_rotary, rotary_table
@@ -259,6 +260,46 @@ def test_the_model_and_the_random_numbers_are_left_as_they_were(is_wrapped):
     assert torch.equal(model(input_ids=tokens).logits, expected)
 
 
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope", "short_factor": [1.0], "long_factor": [3.0], "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
+
+def length_choosing(rope):
+    config = tiny_config("llama")
+    size = config.head_dim // 2
+    changed = {name: value * size if isinstance(value, list) else value for name, value in rope.items()}
+    config.max_position_embeddings = 16
+    config.rope_parameters = {"rope_theta": 10_000.0, **changed}
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def rotary_state(model):
+    rotary = model.model.rotary_emb
+    held = {name: value for name, value in vars(rotary).items() if not name.startswith("_")}
+    held |= {name: buffer.clone() for name, buffer in rotary.named_buffers()}
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in held.items()}
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_frequencies_that_a_forward_rewrites_are_put_back(rope):
+    model, tokens = length_choosing(rope), some_tokens()
+    assert tokens.shape[1] > 16
+    before, short = rotary_state(model), tokens[:, :16]
+    capture_states(model, tokens)
+    assert rotary_state(model) == before
+    measure_shifted(model, short, [1_000], ["float32"], floor=False)
+    assert rotary_state(model) == before
+    measure_fix(capture_states(model, short), [1_000], queries=4, model=model, input_ids=short)
+    assert rotary_state(model) == before
+    model(input_ids=tokens)
+    assert rotary_state(model) != before  # so that there was something to put back
+
+
 def test_so_it_is_after_a_refusal():
     model = tiny_model("nanochat", torch.float32)
     before = state_of(model)
@@ -347,6 +388,8 @@ def test_a_model_that_ignores_the_attention_interface_is_refused():
         ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor of integers, got list"),
         ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, ValueError, r"input_ids must have .* got \[1, 0\]"),
         ({"position_ids": torch.arange(4)[None]}, ValueError, r"position_ids must have shape \[2, 21\], got \[1, 4\]"),
+        ({"input_ids": torch.full((1, 4), 10**6)}, ValueError, "input_ids must lie in 0 … .*LlamaForC.*got 1,000,000;"),
+        ({"input_ids": torch.full((1, 4), -1)}, ValueError, "input_ids must lie in 0 … .*LlamaForCausalLM, got -1;"),
         ({"layers": [0, 2]}, ValueError, "layers must be among 0 … 1, got 2"),
         ({"layers": []}, ValueError, "layers must name one at least, got none"),
         ({"layers": [-1]}, ValueError, "layers must be among 0 … 1, got -1"),

@@ -227,7 +227,10 @@ def test_training_amplifies_it_when_random_weights_show_less(random: float, verd
 
 def test_what_was_not_measured_and_what_two_sequences_say_is_not_judged() -> None:
     assert [claim.verdict for claim in judge_paper(measured(policies=["exact"]))] == [UNMEASURED] * 3
-    assert {claim.verdict for claim in judge_paper(measured(2))} == {UNSEEN}
+    two, one = measured(2), measured(1)
+    assert {claim.verdict for claim in judge_paper(two, two)} == {"cannot be told from 2 sequences"}
+    assert {claim.verdict for claim in judge_paper(one)} == {"cannot be told from 1 sequence"}
+    assert {claim.verdict for claim in judge_paper(measured(3), two)[3:]} == {"cannot be told from 2 sequences"}
     assert "no interval below 3" in judge_paper(measured(2))[0].numbers
 
 

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
+from anchor_attn.drift.pages.numbers import brief_ratio
 from anchor_attn.drift.patterns.measure import measure_patterns
 from anchor_attn.drift.patterns.report import Comparison, PatternReport
 from anchor_attn.drift.pipelines import LEVELS
@@ -233,7 +235,7 @@ def test_rows_are_independent_and_share_no_seed() -> None:
 def test_drift_of_pairs_that_the_anchor_drops_is_reduced_and_of_pairs_that_it_keeps_increased(
     loud: int, verdict: str
 ) -> None:
-    layout = PackedLayout.from_lengths([[30, 30]] * 4)
+    layout = PackedLayout.from_lengths([[30, 30]] * 8)
     states = draw(layout)
     size = torch.where(layout.document_ids == loud, 8.0, 0.25)[:, None, :, None]
     found = one(
@@ -250,6 +252,35 @@ def test_the_answer_says_each_level_reference_and_way_of_moving() -> None:
     assert len(sentences) == len(set(sentences)) == 2 * 2 * 3
     assert all(sentence.startswith(BF16) and "1,000" in sentence for sentence in sentences)
     assert all("pairs no longer attended" in sentence for sentence in sentences if "against full" in sentence)
+
+
+def test_verdicts_hold_over_all_comparisons_of_a_report_together() -> None:
+    layout = PackedLayout.from_lengths([[20, 20]] * 3)
+    few, many = (
+        measured(draw(layout), layout, shifts=shifts, policies=[BF16]) for shifts in ([16], [16, 17, 18, 19, 20, 21])
+    )
+    for report, count in ((few, 24), (many, 144)):  # 2 levels, 6 of the row, 3 of documents, 3 of other positions
+        assert {found.comparisons for found in report.comparisons} == {count}
+        assert sum(found.policy != "fp64" for found in report.comparisons) == count
+        for found in report.compare(policy=BF16):
+            low, high, ratio = (getattr(found, name) for name in ("low", "high", "ratio"))
+            one_alone, all_together = (stats.t.ppf(1 - 0.025 / n, 2) for n in (1, count))
+            wide = (high - low) / 2 * all_together / one_alone
+            assert found.side == int(ratio - wide > 1) - int(ratio + wide < 1)
+            if found.verdict == "no difference seen":
+                assert found.side == 0
+    alone = [found for found in many.compare(policy=BF16) if not found.low <= 1 <= found.high]  # type: ignore[operator]
+    assert any(found.verdict == "no difference seen" for found in alone)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"), [(0.99956, "by 0.044%"), (0.842, "by 15.8%"), (1.0004, "by 0.04%"), (2.5, "2.50 times")]
+)
+def test_a_small_change_is_told_from_none(ratio: float, said: str) -> None:
+    found = one(measured(), pattern="anchor", reference="full", level="scores")
+    changed = replace(found, ratio=ratio, low=ratio - 1e-5, high=ratio + 1e-5, side=-1 if ratio < 1 else 1)
+    assert said in str(changed)
+    assert brief_ratio(ratio).rstrip("0") not in ("1.", "0.")
 
 
 def test_two_heads_of_one_row_give_no_interval_and_three_speak_for_the_heads() -> None:

@@ -7,6 +7,7 @@ import pytest
 from anchor_attn.intervals import half_width, mean_interval, ratio_interval
 
 T_OF_2, T_OF_4 = 4.302652729911275, 2.7764451051977987  # 95 %, by degrees of freedom
+T_OF_2_AT_1_PERCENT = 9.924843200918293
 
 
 def test_an_interval_is_the_t_of_its_units_and_needs_three() -> None:
@@ -23,6 +24,16 @@ def test_a_paired_ratio_cancels_what_a_unit_shares_with_its_reference() -> None:
     assert paired is not None
     assert (paired.low, paired.high) == (pytest.approx(1.1), pytest.approx(1.1))
     assert ratio_interval([0.0, 0.0], [0.0, 0.0]) is None
+
+
+def test_an_interval_that_holds_with_others_is_the_t_of_their_share_of_the_5_percent() -> None:
+    values, references = [1.0, 2.0, 3.0], [1.0, 1.0, 1.0]
+    alone, of_five = (ratio_interval(values, references, count) for count in (1, 5))
+    assert alone is not None
+    assert of_five is not None
+    assert alone.half == pytest.approx(T_OF_2 / math.sqrt(3))
+    assert of_five.half == pytest.approx(T_OF_2_AT_1_PERCENT / math.sqrt(3))
+    assert of_five.mean == alone.mean
 
 
 @pytest.mark.parametrize(("values", "side"), [([3.0, 3.1, 3.2], 1), ([1.0, 1.1, 1.2], -1), ([1.0, 2.0, 3.0], 0)])

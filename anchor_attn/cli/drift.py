@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from anchor_attn.cli.options import errors_by_options
+
+if TYPE_CHECKING:
+    from anchor_attn.drift.view import Queries
 
 PAPER_SEQUENCES = 50
 
@@ -48,7 +51,13 @@ def drift_command(
         typer.Option(help="Or tokens of the documents of the row, 300,500,223: does an anchor reduce the drift?"),
     ] = None,
     theta: Annotated[float | None, typer.Option(help="Base of the frequencies at random; 10000.")] = None,
-    queries: Annotated[int | None, typer.Option(help="Queries that are measured of a row, evenly; 512.")] = None,
+    queries: Annotated[
+        int | None,
+        typer.Option(
+            help="Queries that are measured of a row, evenly; 512 up to 16Ki tokens, then fewer, 64 from 128Ki on; "
+            "all for --paper, 128 for --sweep."
+        ),
+    ] = None,
     fix: Annotated[
         bool, typer.Option("--fix", help="Which rope_precision of wrap removes it, before and after.")
     ] = False,
@@ -56,7 +65,8 @@ def drift_command(
         bool, typer.Option("--paper", help="The protocol of the paper's figure 1 instead, written as paper.json.")
     ] = False,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Every base and extension method instead, written as sweep.json and .csv.")
+        bool,
+        typer.Option("--sweep", help="Every base and extension method instead, written as sweep.json, .csv and .png."),
     ] = False,
     fail_above: Annotated[
         float | None, typer.Option(help="Exit code 1 if the mean |Δ score| of a policy is above it, at any shift.")
@@ -145,12 +155,12 @@ def _check_fit(model: str | None, theta: float | None, fail_above: float | None,
         raise ValueError(f"fail_above must be at least 0, got {fail_above}; pass 0.01, say.")
 
 
-def _queries(given: int | None, paper: bool, sweep: bool) -> int | None:
+def _queries(given: int | None, paper: bool, sweep: bool) -> "Queries":
     """How many are measured of a row: all of the paper's, fewer where many measurements are asked for."""
-    from anchor_attn.drift.measure import QUERIES
     from anchor_attn.drift.sweep import QUERIES as OF_SWEEP
+    from anchor_attn.drift.view import BY_LENGTH
 
-    return given if given is not None else None if paper else OF_SWEEP if sweep else QUERIES
+    return given if given is not None else None if paper else OF_SWEEP if sweep else BY_LENGTH
 
 
 def _check_alone(option: str, given: dict[str, Any]) -> None:

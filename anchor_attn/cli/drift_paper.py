@@ -45,7 +45,7 @@ def run_paper(
     meta = {
         **environment, **report.settings, "subject": described,
         "model": None if asked.source is None else asked.source.model,
-        "text": None if asked.source is None else asked.source.text, "theta": asked.theta,
+        "text": None if asked.source is None else asked.source.text, "theta": asked.theta_used,
     }  # fmt: skip
     sections = paper_sections(report)
     records = [record.record() for record in report.records]
@@ -66,9 +66,8 @@ def _sequences(asked: "Asked", count: int, seq_len: int) -> "tuple[Iterator[list
     """One sequence after the other, and what they are in words."""
     if asked.source is None:
         from anchor_attn.drift.paper.measure import random_sequences
-        from anchor_attn.drift.states import LLAMA_THETA
 
-        theta = LLAMA_THETA if asked.theta is None else asked.theta
+        theta = asked.theta_used or 0.0
         drawn = random_sequences(count, seq_len, theta=theta, seed=asked.seed)
         described = f"{count} × random normal query and key in bfloat16, {seq_len:,} tokens, theta {theta:,.0f}"
         return ([states] for states in drawn), described

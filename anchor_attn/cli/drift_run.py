@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from anchor_attn.cli.drift_subject import ModelInput, Subject
     from anchor_attn.drift.pages.sections import Section
     from anchor_attn.drift.result import DriftResult
+    from anchor_attn.drift.view import Queries
     from anchor_attn.masks import PackedLayout
 
 RANDOM_HEADS = 4  # of documents at random: units of an interval
@@ -22,7 +23,7 @@ class Asked:
         policies: names; None for all.
         shifts: in tokens.
         lengths: of the row, in tokens.
-        queries: measured of a row; None for all.
+        queries: measured of a row, as `measure_drift`.
         theta: of random states.
         layout: of `documents`.
         fix: compare the settings of `wrap`.
@@ -34,13 +35,22 @@ class Asked:
     policies: list[str] | None
     shifts: list[int]
     lengths: list[int]
-    queries: int | None
+    queries: "Queries"
     theta: float | None
     layout: "PackedLayout | None"
     fix: bool
     fail_above: float | None
     source: "ModelInput | None"
     seed: int
+
+    @property
+    def theta_used(self) -> float | None:
+        """Of random states, its default too; None of a model, whose config says its own."""
+        from anchor_attn.drift.states import LLAMA_THETA
+
+        if self.source is not None:
+            return None
+        return LLAMA_THETA if self.theta is None else self.theta
 
 
 def run_drift(asked: Asked, out: Path, environment: dict[str, Any], as_json: bool, say: Callable[[str], None]) -> None:
@@ -79,7 +89,7 @@ def run_drift(asked: Asked, out: Path, environment: dict[str, Any], as_json: boo
         "model": None if asked.source is None else asked.source.model,
         "text": None if asked.source is None else asked.source.text,
         "dtype": str(subject.states[0].query.dtype).removeprefix("torch."),
-        "theta": asked.theta, "fail_above": asked.fail_above,
+        "theta": asked.theta_used, "fail_above": asked.fail_above,
         "document_lengths": None if asked.layout is None else asked.layout.document_lengths,
     }  # fmt: skip
     lists = result.lists() | {section.key: list(section.records) for section in sections if section.key}

@@ -1,6 +1,8 @@
 """What `anchor-attn drift` measures: query and key at random, or of the layers of a model that reads tokens."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +91,11 @@ def load_tokens(asked: ModelInput, seq_len: int, together: int) -> "tuple[PreTra
     import torch
 
     from anchor_attn.cli.rope_input import count_sequences, load_model
+    from anchor_attn.drift.models.capture import check_model
 
-    model, own_tokenizer = load_model(asked.model, asked.dtype, asked.seed)
+    with _said_of_what_can_be_measured():
+        model, own_tokenizer = load_model(asked.model, asked.dtype, asked.seed)
+        check_model(model)
     model.to(asked.device)  # type: ignore[arg-type]  # transformers' decorator loses the signature
     model.eval()
     _check_memory(model, together, seq_len, asked.layers)
@@ -120,6 +125,35 @@ def capture_subject(asked: ModelInput, seq_len: int) -> Subject:
     model, ids, described = load_tokens(asked, seq_len, asked.sequences)
     states = capture_states(model, ids, layers=asked.layers)
     return Subject(states, f"{described}, {len(states)} layers", model, ids)
+
+
+@contextmanager
+def _said_of_what_can_be_measured() -> Iterator[None]:
+    """What transformers says while it loads, missing weights say, comes behind it, or not where an error is all."""
+    from transformers.utils import logging as transformers_logging
+
+    held: list[tuple[logging.Handler, logging.LogRecord]] = []
+    handlers = list(logging.getLogger("transformers").handlers)
+    filters = []
+    for handler in handlers:
+
+        def hold(record: logging.LogRecord, handler: logging.Handler = handler) -> bool:
+            held.append((handler, record))
+            return False
+
+        filters.append(hold)
+        handler.addFilter(hold)
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+        for handler, hold in zip(handlers, filters, strict=True):
+            handler.removeFilter(hold)
+    for handler, record in held:
+        handler.handle(record)
 
 
 def _read_text(asked: ModelInput, own_tokenizer: str, seq_len: int) -> "tuple[Tensor, str]":

@@ -9,7 +9,7 @@ what float64 drifts by under the same shift.
 Source: https://arxiv.org/abs/2411.13476, sections 2 and 3.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,14 +23,13 @@ from anchor_attn.drift.records import create_records
 from anchor_attn.drift.report import DriftRecord, DriftReport
 from anchor_attn.drift.spectrum import measure_spectrum
 from anchor_attn.drift.states import LLAMA_THETA, States, list_layers, random_states
-from anchor_attn.drift.view import View
+from anchor_attn.drift.view import BY_LENGTH, Queries, View, count_queries
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PositionPolicy, checked_int
 from anchor_attn.masks.patterns import Pattern
 from anchor_attn.rope.precision import inverse_frequencies
 
 SHIFTS = (16, 1_000, 30_000, 130_000, 1_000_000, 4_000_000)
-QUERIES = 512
 
 
 def measure_drift(
@@ -42,7 +41,7 @@ def measure_drift(
     theta: float = LLAMA_THETA,
     policies: Sequence[str | Policy] | None = None,
     shifts: Sequence[int] = SHIFTS,
-    queries: int | None = QUERIES,
+    queries: Queries = BY_LENGTH,
     stages: bool = True,
     layout: PackedLayout | None = None,
     pattern: Pattern = "full",
@@ -63,12 +62,17 @@ def measure_drift(
         policies: names of `POLICIES` or a `Policy`; all of them when None. float64 is always measured.
         shifts: Δ, each at least 1.
         queries: how many are measured, evenly over the row, the last among them; None for all. Keys are never left out.
+            "by length": 512 up to 16,384 tokens, then 2^23 over the length, 64 from 131,072 on.
         stages: measure each stage of each policy alone too.
         layout: the documents of the row; one document when None.
         pattern: which pairs are looked at, "full", "intra_doc" or "anchor".
         position_policy: "continuous" or "reset", before the shift.
         seed: of random states.
         say: told what is being done.
+
+    What rounding predicts is an expectation over pairs: of a handful, as in a row of 3 tokens, a measurement scatters
+    around it by more than a factor of 2. Positions beyond 2^24 are no longer all float32 numbers; a policy whose angles
+    are float32 rounds them too, and that is measured and not refused.
 
     Returns:
         Records by policy, stage, shift, distance, key, layer, head and frequency pair, with what rounding predicts.
@@ -91,7 +95,8 @@ def measure_drift(
         records=tuple(records),
         settings={
             "seq_len": first.seq_len, "head_dim": first.head_dim, "heads": first.query.shape[1], "layers": len(layers),
-            "shifts": list(shifts), "queries": queries, "pattern": pattern, "position_policy": position_policy,
+            "shifts": list(shifts), "queries": count_queries(first.seq_len, queries), "pattern": pattern,
+            "position_policy": position_policy,
             "policies": {policy.name: policy.stage_roundings for policy in found}, "seed": seed,
         },
     )  # fmt: skip
@@ -125,12 +130,19 @@ def checked_shifts(shifts: Sequence[int], seq_len: int, policies: Sequence[Polic
     """Shifts as integers, smallest first, each once.
 
     Raises:
-        TypeError: a shift that is no integer.
+        TypeError: a shift that is no integer, or no sequence of them.
         ValueError: none, one below 1, one beyond what float64 angles or a policy's positions hold.
     """
+    if isinstance(shifts, str) or not isinstance(shifts, Iterable):
+        raise TypeError(f"shifts must be a sequence of integers, got {shifts!r}; pass [16, 1_000], say.")
     checked = sorted({checked_int(shift, "shifts") for shift in shifts})
     if not checked or checked[0] < 1:
         raise ValueError(f"shifts must be at least 1 each, got {list(shifts)}; pass [16, 1_000], say.")
+    if seq_len >= POSITION_LIMIT:
+        raise ValueError(
+            f"seq_len must stay below {POSITION_LIMIT:,} tokens, got {seq_len:,}: beyond it a position times a "
+            "frequency is not exact in float64; pass fewer tokens."
+        )
     last = checked[-1] + seq_len - 1
     if last >= POSITION_LIMIT:
         raise ValueError(

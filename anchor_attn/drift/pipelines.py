@@ -34,6 +34,11 @@ class Pipeline:
         """What is computed with, without a name: two policies that round a stage alike share it."""
         return replace(self.policy if self.stage is None else self.policy.alone(self.stage), name="")
 
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Where it can act: the softmax stands behind the scores."""
+        return ("attention",) if self.stage == "softmax" else LEVELS
+
 
 UNNAMED_FP64 = Pipeline(FP64).applied
 
@@ -58,11 +63,11 @@ class Tallied:
         """Empty ones; stages alone without distances and keys."""
         bins, heads = Bins.below(states.seq_len), states.query.shape[1]
         detailed = {pipeline.applied for pipeline in pipelines if pipeline.stage is None}
+        asked = dict.fromkeys((pipeline.applied, level) for pipeline in pipelines for level in pipeline.levels)
         drifts = {
             (applied, shift, level): Tallies(heads, bins, bins, applied in detailed)
-            for applied in dict.fromkeys(pipeline.applied for pipeline in pipelines)
+            for applied, level in asked
             for shift in shifts
-            for level in LEVELS
         }
         return cls(bins, tuple(shifts), drifts, {level: Tallies(heads, bins, bins, True) for level in LEVELS})
 
@@ -116,8 +121,8 @@ def _tally(
     shift: int,
 ) -> None:
     for level in LEVELS:
-        if shift:
+        if (policy, shift, level) in tallied.drifts:
             magnitudes = (found[level] - still[level]).abs_().masked_fill_(seen.hidden, 0.0)
             seen.tally(magnitudes, heads, tallied.drifts[policy, shift, level])
-        elif policy == UNNAMED_FP64:
+        elif not shift and policy == UNNAMED_FP64:
             seen.tally(still[level].abs().masked_fill_(seen.hidden, 0.0), heads, tallied.sizes[level])

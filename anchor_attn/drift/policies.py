@@ -125,7 +125,9 @@ def find_policies(asked: Iterable[str | Policy] | None = None) -> list[Policy]:
         elif not isinstance(policy, Policy):
             raise TypeError(f"policies must be names or Policy, got {type(policy).__name__}; pass Policy(name, …).")
         if policy.name in found or (policy.name == FP64.name and policy != FP64):
-            raise ValueError(f"policies must have names of their own, got {policy.name!r} twice; rename one.")
+            raise ValueError(
+                f"policies must have names of their own, got {policy.name!r} twice; leave one out, or rename it."
+            )
         found[policy.name] = policy
     found.pop(FP64.name, None)
     return [*found.values(), FP64]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from anchor_attn.drift.pipelines import LEVELS, UNNAMED_FP64, Level, Pipeline, Tallied
+from anchor_attn.drift.pipelines import UNNAMED_FP64, Level, Pipeline, Tallied
 from anchor_attn.drift.policies import Policy
 from anchor_attn.drift.predict import Prediction
 from anchor_attn.drift.report import DriftRecord
@@ -21,7 +21,7 @@ def create_records(
 
     Args:
         states: whose layer is meant.
-        pipelines: in their order; of a stage alone only the overall figure.
+        pipelines: in their order; of a stage alone only the overall figure, at the levels where it can act.
         tallied: full.
         predicted: by pipeline and shift, of scores.
 
@@ -30,7 +30,7 @@ def create_records(
     """
     for pipeline in pipelines:
         for shift in tallied.shifts:
-            for level in LEVELS:
+            for level in pipeline.levels:
                 expected = predicted[pipeline.applied, shift] if level == "scores" else None
                 yield from _of_level(states, pipeline, shift, level, tallied, expected)
 

@@ -11,7 +11,7 @@ class DriftRecord:
     Attributes:
         level: "scores", scaled products of query and key; or "attention", their weights.
         policy: by name.
-        stage: measured alone, in float64; None for the whole policy.
+        stage: measured alone, in float64; None for the whole policy. "softmax" acts on attention alone.
         shift: of all positions.
         layer: of the model; None for states of none.
         by: "all" pairs, or those of a "head", of a stretch of "distance" or of "key" places; "pair" is what one

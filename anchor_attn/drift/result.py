@@ -89,13 +89,14 @@ class DriftResult:
         """The lists of drift.json: `records` hold each policy, shift and length once, the others break them down."""
         longest = self.lengths[-1]
         report = self.reports[longest]
-        scores = [record for record in self.pooled[longest] if record.level == "scores"]
         whole = [
             {"seq_len": length, **record.record()} for length in self.lengths for record in self.select(length=length)
         ]
         return {
             "records": [{name: record[name] for name in OVERALL} for record in whole],
-            "stages": [_without(record, "layer", "by", "low", "high") for record in scores if record.stage],
+            "stages": [
+                _without(record, "layer", "by", "low", "high") for record in self.pooled[longest] if record.stage
+            ],
             "attention": [_without(r, "layer", "by", "low", "high", "stage") for r in self.select(level="attention")],
             **{
                 name: [

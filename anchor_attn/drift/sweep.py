@@ -12,6 +12,7 @@ from anchor_attn.drift.measure import SHIFTS, measure_drift
 from anchor_attn.drift.policies import Policy
 from anchor_attn.drift.report import DriftRecord
 from anchor_attn.drift.states import random_states
+from anchor_attn.drift.view import Queries
 from anchor_attn.rope.checks import checked_number
 from anchor_attn.rope.methods import METHODS, method_frequencies
 
@@ -56,7 +57,7 @@ def sweep_drift(
     shifts: Sequence[int] = SHIFTS,
     seq_len: int = SEQ_LEN,
     head_dim: int = 128,
-    queries: int | None = QUERIES,
+    queries: Queries = QUERIES,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[SweptRecord]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,12 @@ from anchor_attn.masks.patterns import Pattern, packed_mask_mod
 
 # Of queries that a sample is drawn from, so that no mask of a whole long row is made for it.
 SAMPLED_MASK = 2**21
+# Queries of a row: so many, None for all, or as many as its length leaves time and memory for.
+Queries = int | Literal["by length"] | None
+BY_LENGTH: Literal["by length"] = "by length"
+FEWEST_QUERIES, MOST_QUERIES = 64, 512
+# Of queries and keys together: 64 queries of 131,072 tokens, and 512 up to 16,384.
+QUERIED_PAIRS = 2**23
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class View:
         layout: PackedLayout | None = None,
         pattern: Pattern = "full",
         position_policy: PositionPolicy = "continuous",
-        queries: int | None = None,
+        queries: Queries = None,
     ) -> "View":
         """The pairs of a pattern, `queries` of them evenly over the row.
 
@@ -101,10 +108,27 @@ class View:
         return TokenPairs(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _evenly(size: int, queries: int | None) -> Tensor:
-    """Places of so many queries below a size, evenly, the last among them."""
+def count_queries(seq_len: int, queries: Queries) -> int:
+    """How many of a row are measured.
+
+        count_queries(131_072, "by length")      64
+
+    Args:
+        seq_len: tokens of the row.
+        queries: as asked for; "by length" is 512 up to 16,384 tokens, then fewer, 64 from 131,072 on.
+
+    Raises:
+        TypeError: neither a number nor "by length".
+        ValueError: none.
+    """
+    if queries == BY_LENGTH:
+        queries = min(MOST_QUERIES, max(FEWEST_QUERIES, QUERIED_PAIRS // seq_len))
     if queries is not None and checked_int(queries, "queries") < 1:
-        raise ValueError(f"queries must be at least 1, got {queries}; pass 512, or leave it out.")
-    if queries is None or queries >= size:
-        return torch.arange(size)
-    return (torch.arange(1, queries + 1) * size) // queries - 1
+        raise ValueError(f"queries must be at least 1, got {queries}; pass 512, say, or leave it out.")
+    return seq_len if queries is None else min(queries, seq_len)
+
+
+def _evenly(size: int, queries: Queries) -> Tensor:
+    """Places of so many queries below a size, evenly, the last among them."""
+    count = count_queries(size, queries)
+    return (torch.arange(1, count + 1) * size) // count - 1

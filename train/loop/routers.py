@@ -15,6 +15,7 @@ from torch import Tensor
 from anchor_attn.hf.wrapping import decoder_of
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import ANCHOR_ID
+from anchor_attn.parallel.layout import ShardedLayout
 
 LOSS = "load_balancing_loss_func"
 WEIGHT = "router_aux_loss_coef"
@@ -36,7 +37,7 @@ class RouterLoss:
     experts_per_token: int
     loss_of: Callable[..., Any]
 
-    def __call__(self, router_logits: Any, layout: PackedLayout) -> Tensor:
+    def __call__(self, router_logits: Any, layout: PackedLayout | ShardedLayout) -> Tensor:
         """The loss, not weighted.
 
         Args:

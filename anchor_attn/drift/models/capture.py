@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from anchor_attn.configs import configs_of
+from anchor_attn.drift.models.kept import kept_rotaries
 from anchor_attn.drift.models.replay import TWICE_TURNED, UNTURNED, Replay, SeenError
 from anchor_attn.drift.models.rotation import Call, proven_states
 from anchor_attn.drift.states import States
@@ -65,16 +66,17 @@ def capture_states(
 
     Raises:
         TypeError: not a transformers model, or ids that are no integers.
-        ValueError: ids of other shapes, document_ids for a model that is not wrapped, layers that do not exist or have
-            no positions, a model without rotary positions, or a layer that does more to query and key than rotate them.
+        ValueError: ids of other shapes or beyond the vocabulary, document_ids for a model that is not wrapped, layers
+            that do not exist or have no positions, a model without rotary positions, or a layer that does more to query
+            and key than rotate them.
     """
-    decoder = decoder_of(model)
-    refuse_unsupported(decoder)
+    decoder = check_model(model)
     if len(devices := {str(parameter.device) for parameter in decoder.parameters()}) > 1:
         raise ValueError(
             f"model must be on one device, got {', '.join(sorted(devices))}; move it with model.to(device)."
         )
     ids = checked_ids("input_ids", input_ids)
+    _check_vocabulary(decoder, ids)
     inputs: dict[str, Any] = {"input_ids": ids.to(decoder.device)}
     if position_ids is not None:
         inputs["position_ids"] = checked_ids("position_ids", position_ids, ids.shape).to(decoder.device)
@@ -91,6 +93,19 @@ def capture_states(
     with _capturing(decoder, capture), torch.no_grad(), suppress(_DoneError):
         decoder.base_model(**inputs, use_cache=False)
     return capture.found()
+
+
+def check_model(model: nn.Module) -> PreTrainedModel:
+    """The decoder, or the error of one that cannot be captured whatever it reads.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: one that `wrap` does not take, or without rotary positions.
+    """
+    decoder: PreTrainedModel = decoder_of(model)
+    refuse_unsupported(decoder)
+    Replay(decoder)
+    return decoder
 
 
 def checked_ids(name: str, ids: Tensor, shape: Sequence[int] | None = None) -> Tensor:
@@ -110,6 +125,16 @@ def checked_ids(name: str, ids: Tensor, shape: Sequence[int] | None = None) -> T
     if shape is not None and (ids.shape[0] not in (1, shape[0]) or ids.shape[1] != shape[1]):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(ids.shape)}; pass one for every token.")
     return ids
+
+
+def _check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= embeddings.num_embeddings:
+        raise ValueError(
+            f"input_ids must lie in 0 … {embeddings.num_embeddings - 1:,}, the vocabulary of {type(model).__name__}, "
+            f"got {low if low < 0 else high:,}; pass ids of its own tokenizer."
+        )
 
 
 class _DoneError(Exception):
@@ -232,7 +257,11 @@ def _capturing(model: PreTrainedModel, capture: _Capture) -> Iterator[None]:
         for config in capture.configs.values():
             config._attn_implementation = CAPTURE
         # What was compiled in place would compile anew for hooks.
-        with torch.random.fork_rng(_cuda_devices(model)), torch.compiler.set_stance("force_eager"):
+        with (
+            kept_rotaries(model),
+            torch.random.fork_rng(_cuda_devices(model)),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
         AttentionInterface.register(CAPTURE, attention_forward)  # nothing global may hold the model

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anchor_attn.drift.measure import QUERIES, measure_drift
+from anchor_attn.drift.measure import measure_drift
 from anchor_attn.drift.policies import DTYPES, Policy, Rounding
 from anchor_attn.drift.report import DriftReport
 from anchor_attn.drift.result import DriftResult
 from anchor_attn.drift.states import States
+from anchor_attn.drift.view import BY_LENGTH, Queries
 from anchor_attn.masks import PackedLayout
 from anchor_attn.rope.precision import ROPE_PRECISIONS, RopePrecision
 
@@ -85,7 +86,7 @@ def measure_fix(
     states: Sequence[States],
     shifts: Sequence[int],
     *,
-    queries: int | None = QUERIES,
+    queries: Queries = BY_LENGTH,
     model: "PreTrainedModel | None" = None,
     input_ids: Tensor | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -125,6 +126,7 @@ def _measure_wrapped(
     model: "PreTrainedModel", input_ids: Tensor, shifts: Sequence[int], say: Callable[[str], None]
 ) -> dict[tuple[str, int], dict[str, float]]:
     """The wrapped model on one document behind the anchor, which is plain causal attention, at moved positions."""
+    from anchor_attn.drift.models.kept import kept_rotaries
     from anchor_attn.drift.models.shifted import compare_logits
     from anchor_attn.hf.wrapping import unwrap, wrap
 
@@ -136,15 +138,15 @@ def _measure_wrapped(
     model.eval()
     for precision in ROPE_PRECISIONS:
         say(f"wrapped, rope_precision {precision!r}")
-        wrap(model, rope_precision=precision)
-        try:
-            with torch.no_grad():
+        with kept_rotaries(model), torch.no_grad():  # wrap runs it too
+            wrap(model, rope_precision=precision)
+            try:
                 still, *moved = (
                     model(input_ids=ids, position_ids=still_ids + shift, document_ids=layout, use_cache=False).logits
                     for shift in (0, *shifts)
                 )
-        finally:
-            unwrap(model)
+            finally:
+                unwrap(model)
         for shift, logits in zip(shifts, moved, strict=True):
             found[precision, shift] = compare_logits(still, logits)
     return found

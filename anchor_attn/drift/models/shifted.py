@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from anchor_attn.drift.measure import checked_shifts
 from anchor_attn.drift.models.capture import checked_ids
+from anchor_attn.drift.models.kept import kept_rotaries
 from anchor_attn.drift.policies import FP64
 from anchor_attn.hf.refusals import refuse_unsupported
 from anchor_attn.hf.wrapping import decoder_of
@@ -89,14 +90,18 @@ class ShiftedReport:
                 return each
         raise KeyError(f"no record of {dtype}, rope {rope_precision!r}, at shift {shift}, layer {layer}")
 
+    def exact_precision(self) -> RopePrecision:
+        """Of the float64 run in which nothing is rounded: "exact", or "model" where nothing rotates."""
+        exact = [each.rope_precision for each in self.records if each.dtype == "float64"]
+        return "exact" if "exact" in exact else "model"
+
     def architectural_share(self, shift: int, dtype: str = "bfloat16") -> float | None:
         """What is left of the logits' movement once nothing is rounded, as a share of it; None where nothing moves.
 
         Raises:
             KeyError: a dtype or shift that was not measured, or a report without floor.
         """
-        exact = [each.rope_precision for each in self.records if each.dtype == "float64"]
-        floor = self.at("float64", shift, rope_precision="exact" if "exact" in exact else "model").logits_mean_abs
+        floor = self.at("float64", shift, rope_precision=self.exact_precision()).logits_mean_abs
         moved = self.at(dtype, shift).logits_mean_abs
         return floor / moved if floor is not None and moved else None
 
@@ -217,7 +222,8 @@ def _forward(model: PreTrainedModel, ids: Tensor, shift: int, dtype: str) -> tup
     """Hidden states, the embeddings first, and logits [B, S, V]."""
     position_ids = (torch.arange(ids.shape[1], device=ids.device) + shift)[None].expand(ids.shape)
     try:
-        output = model(input_ids=ids, position_ids=position_ids, use_cache=False, output_hidden_states=True)
+        with kept_rotaries(model):
+            output = model(input_ids=ids, position_ids=position_ids, use_cache=False, output_hidden_states=True)
     except (IndexError, RuntimeError, ValueError) as error:  # learned positions end; an operator lacks a dtype
         reason = " ".join(str(error).split())[:160]
         raise ValueError(

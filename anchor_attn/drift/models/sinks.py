@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anchor_attn.drift.measure import QUERIES, checked_shifts
+from anchor_attn.drift.measure import checked_shifts
 from anchor_attn.drift.parts import Part, parts_of
 from anchor_attn.drift.policies import FP64, Policy, find_policies
 from anchor_attn.drift.states import States, list_layers
-from anchor_attn.drift.view import View
+from anchor_attn.drift.view import BY_LENGTH, Queries, View
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import PositionPolicy
 from anchor_attn.masks.patterns import Pattern
@@ -59,7 +59,7 @@ def measure_sinks(
     policy: str | Policy = "bf16_cos_sin",
     shift: int = 1000,
     *,
-    queries: int | None = QUERIES,
+    queries: Queries = BY_LENGTH,
     layout: PackedLayout | None = None,
     pattern: Pattern = "full",
     position_policy: PositionPolicy = "continuous",

@@ -11,6 +11,10 @@ from anchor_attn.drift.result import DriftResult
 from anchor_attn.drift.sweep import SweptRecord
 from anchor_attn.rope.precision import ROPE_PRECISIONS
 
+NOT_SWEPT = (
+    "Not in it: longrope, whose factors are a model's own (--model measures them), and dynamic, which at one length is "
+    "another base."
+)
 SWEPT_POLICIES = ("bf16_cos_sin", "fp32_rotation", "exact", "fp32")  # of all policies; the files have the others
 
 
@@ -84,12 +88,17 @@ def sweep_sections(swept: Sequence[SweptRecord]) -> list[Section]:
     shifts = sorted({record.drift.shift for record in swept})
     found = {(record.drift.policy, record.method, record.base, record.drift.shift): record.drift for record in swept}
     sections = []
-    policies = [policy for policy in dict.fromkeys(record.drift.policy for record in swept) if policy != FP64.name]
-    for policy in [policy for policy in policies if policy in SWEPT_POLICIES] or policies:
+    for policy in shown_policies(swept):
         rows = [
             [method, f"{base:,.0f}", *(percent(found[policy, method, base, shift].relative, "") for shift in shifts)]
             for method, base in dict.fromkeys((record.method, record.base) for record in swept)
         ]
         heading = f"{policy}: mean |Δ score| in % of the mean |score|"
         sections.append(Section(heading, ["method", "base", *map(name_shift, shifts)], rows))
-    return sections
+    return [*sections, Section("What is not swept", sentences=[NOT_SWEPT])]
+
+
+def shown_policies(swept: Sequence[SweptRecord]) -> list[str]:
+    """Those of a sweep that tables and picture show: the four that matter, or where none was swept all but float64."""
+    policies = [policy for policy in dict.fromkeys(record.drift.policy for record in swept) if policy != FP64.name]
+    return [policy for policy in policies if policy in SWEPT_POLICIES] or policies or [FP64.name]

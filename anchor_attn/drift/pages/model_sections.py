@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from anchor_attn.drift.models.shifted import ShiftedRecord, ShiftedReport
 from anchor_attn.drift.models.sinks import SinkRecord
-from anchor_attn.drift.pages.numbers import brief, name_shift, percent
+from anchor_attn.drift.pages.numbers import brief, brief_ratio, name_shift, percent
 from anchor_attn.drift.pages.sections import MOST_HEADS, Section
 from anchor_attn.drift.patterns.report import PatternReport
 
@@ -66,7 +66,8 @@ def shifted_section(report: ShiftedReport, left_out: str = "") -> Section:
         share = report.architectural_share(shift, dtype)
         if share is not None:
             sentences.append(
-                f"At +{name_shift(shift)}, {percent(share)} of what {dtype} moves the logits by is left in float64: "
+                f"At +{name_shift(shift)}, {percent(share)} of what {dtype}, model moves the logits by is left in "
+                f"float64, {report.exact_precision()}: "
                 + ("rounding." if share < 0.01 else "that share is the model's own, not rounding.")
             )
     return Section(
@@ -92,7 +93,7 @@ def patterns_section(report: PatternReport, policy: str) -> Section:
             one.reference,
             brief(one.reference_mean),
             brief(one.mean),
-            "–" if one.ratio is None else f"{one.ratio:.2f}",
+            brief_ratio(one.ratio),
             one.verdict,
         ]
         for one in compared
@@ -101,7 +102,8 @@ def patterns_section(report: PatternReport, policy: str) -> Section:
         f"Does the anchor reduce it? {policy}, moved by {name_shift(shift)}",
         ("drift of, positions, moved", "against", "there", "anchor", "ratio", "anchor … it"),
         rows,
-        "scores weighted by attention; all of the row is moved, or the documents behind an anchor that stays",
+        "scores weighted by attention; all of the row is moved, or the documents behind an anchor that stays; a "
+        f"verdict is at 95 % over all {compared[0].comparisons} comparisons of the report together (Bonferroni)",
         [str(one) for one in compared if (one.level, one.position_policy, one.moved) == PLAIN],
         key="patterns",
         records=[

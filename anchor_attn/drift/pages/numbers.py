@@ -1,5 +1,7 @@
 """Numbers of a report of drift, as text."""
 
+import math
+
 
 def brief(value: float | None) -> str:
     """A magnitude: 0.0043 as "4.3e-3", 0.2 as "0.20", and "–" for none."""
@@ -16,6 +18,15 @@ def brief(value: float | None) -> str:
 def name_shift(shift: int) -> str:
     """1,000 as "1,000", 4,000,000 as "4M"."""
     return f"{shift // 10**6}M" if shift % 10**6 == 0 else f"{shift:,}"
+
+
+def brief_ratio(ratio: float | None) -> str:
+    """1.234 as "1.23", 0.99953 as "0.9995", which is not 1, and "–" for none."""
+    if ratio is None:
+        return "–"
+    apart = abs(ratio - 1)
+    places = 2 if not 0 < apart < 0.05 else min(12, 1 - math.floor(math.log10(apart)))
+    return f"{ratio:.{places}f}"
 
 
 def percent(share: float | None, unit: str = " %") -> str:

@@ -6,12 +6,15 @@ from typing import Any
 
 from anchor_attn.drift.pages.findings import describe_findings
 from anchor_attn.drift.pages.numbers import brief, name_shift, percent
-from anchor_attn.drift.policies import FP64, STAGES
+from anchor_attn.drift.pipelines import Level
+from anchor_attn.drift.policies import FP64, STAGES, Stage
 from anchor_attn.drift.result import DriftResult
 
 PREDICTED = "  predicted"
 FLOOR = f"{FP64.name} (floor)"
-SHOWN_STAGES = tuple(stage for stage in STAGES if stage != "softmax")  # which is behind the scores
+SOFTMAX: Stage = "softmax"
+# In tables and pictures: the softmax stands behind the scores, and of attention a sentence says what it does.
+SHOWN_STAGES = tuple(stage for stage in STAGES if stage != SOFTMAX)
 MOST_HEADS = 6
 
 
@@ -45,7 +48,8 @@ def list_sections(result: DriftResult, policy: str) -> list[Section]:
         result: of the measurement.
         policy: of the heads.
     """
-    parts = (_shifts(result), _lengths(result), _stages(result), _heads(result, policy))
+    stages = (_stages(result, "scores"), _stages(result, "attention"))
+    parts = (_shifts(result), _lengths(result), *stages, _heads(result, policy))
     findings = Section("What may be said", sentences=describe_findings(result))
     return [part for part in (*parts, findings) if part is not None]
 
@@ -82,21 +86,38 @@ def _lengths(result: DriftResult) -> Section | None:
     return Section(f"Mean |Δ score| by tokens of the row, +{name_shift(shift)}", header, rows)
 
 
-def _stages(result: DriftResult) -> Section | None:
+def _stages(result: DriftResult, level: Level) -> Section | None:
     shift, rows = result.shown_shift, []
     for policy in result.policies:
         alone = {
             stage: record.mean_abs
             for stage in SHOWN_STAGES
-            for record in result.select(policy=policy, shift=shift, stage=stage)
+            for record in result.select(level=level, policy=policy, shift=shift, stage=stage)
         }
         if alone:
-            whole = result.at(policy, shift).mean_abs
+            whole = result.at(policy, shift, level=level).mean_abs
             rows.append([policy, brief(whole), *(brief(alone.get(stage)) for stage in SHOWN_STAGES)])
     if not rows:
         return None
-    heading = f"Where it comes from: each stage alone, +{name_shift(shift)}"
-    return Section(heading, ("policy", "whole", *SHOWN_STAGES), rows, "–: the policy does not round there")
+    header, note = ("policy", "whole", *SHOWN_STAGES), "–: the policy does not round there"
+    if level == "scores":
+        return Section(f"Where it comes from: each stage alone, +{name_shift(shift)}", header, rows, note)
+    heading = f"Where it comes from, attention weights: each stage alone, +{name_shift(shift)}"
+    return Section(heading, header, rows, note, _softmax_alone(result))
+
+
+def _softmax_alone(result: DriftResult) -> list[str]:
+    """What the softmax does to the drift of attention."""
+    shift = result.shown_shift
+    alone = result.select(level="attention", shift=shift, stage=SOFTMAX)
+    if not alone:
+        return []
+    worst = max(alone, key=lambda record: record.mean_abs)
+    return [
+        f"softmax alone: {brief(worst.mean_abs)} (floor {brief(worst.floor)}); a shift reaches it only by scores.",
+        "It is above the floor where a score stands between two numbers of its format.",
+        "Where a policy rounds the weights, that acts on the whole policy.",
+    ]
 
 
 def _heads(result: DriftResult, policy: str) -> Section | None:

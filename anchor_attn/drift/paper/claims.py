@@ -20,7 +20,8 @@ class Claim:
 
     Attributes:
         claim: in a few words.
-        verdict: "found", "NOT found", "no difference seen" or "not measured".
+        verdict: "found", "NOT found", "no difference seen", "not measured", or below three sequences "cannot be told
+            from 2 sequences".
         numbers: what it rests on.
     """
 
@@ -49,6 +50,11 @@ def judge_paper(report: PaperReport, random: PaperReport | None = None) -> list[
     return claims if random is None else [*claims, _judge_training(report, random)]
 
 
+def untold(sequences: int) -> str:
+    """The verdict on any claim below three sequences."""
+    return f"cannot be told from {sequences} sequence{'' if sequences == 1 else 's'}"
+
+
 # --- the claims ------------------------------------------------------------------------------------------------------
 
 
@@ -59,11 +65,13 @@ def _judge_removal(report: PaperReport) -> Claim:
     for policy in (FP32, BF16):
         of_deltas = [report.samples("d_abs", policy, length, d) for d in report.settings["deltas1"] if d != delta2]
         means.append([math.fsum(values) / len(values) for values in zip(*filter(None, of_deltas), strict=True)])
-    left = ratio_interval(*means) if all(means) else None
+    left = ratio_interval(means[0], means[1]) if all(means) else None
     if left is None:
         return Claim(claim, UNMEASURED, f"It takes {FP32} and {BF16} at a Δ1 other than Δ2.")
-    otherwise = NOT_FOUND if left.side(1.0) else UNSEEN
-    verdict = FOUND if left.side(REMOVED) < 0 else otherwise
+    if left.half is None:
+        verdict = untold(left.units)
+    else:
+        verdict = FOUND if left.side(REMOVED) < 0 else NOT_FOUND if left.side(1.0) else UNSEEN
     return Claim(claim, verdict, f"D abs left of {BF16}'s at {length:,} tokens, in %: {left.text(times=100)}")
 
 
@@ -80,7 +88,13 @@ def _judge_growth(report: PaperReport) -> Claim:
         f"queries, {logit.text(times=100)}; to D abs {attention.text(times=100)}; in all that is "
         f"× {(1 + logit.mean) ** doublings:.3g} and × {(1 + attention.mean) ** doublings:.3g}"
     )
-    return Claim(claim, {1: FOUND, 0: UNSEEN, -1: NOT_FOUND}[logit.side(0.0)], numbers)
+    return Claim(claim, _verdict(logit, 0.0), numbers)
+
+
+def _verdict(value: Interval, boundary: float) -> str:
+    if value.half is None:
+        return untold(value.units)
+    return {1: FOUND, 0: UNSEEN, -1: NOT_FOUND}[value.side(boundary)]
 
 
 def _growth(report: PaperReport, name: str, lengths: Sequence[int], delta1: int) -> Interval | None:
@@ -109,7 +123,7 @@ def _judge_first_token(report: PaperReport) -> Claim:
         return Claim(claim, UNMEASURED, f"It takes {BF16} at {length:,} tokens, and a Δ1 other than Δ2.")
     return Claim(
         claim,
-        {1: FOUND, 0: UNSEEN, -1: NOT_FOUND}[share.side(0.5)],
+        _verdict(share, 0.5),
         f"Its share of D abs at {length:,} tokens, in %: {share.text(times=100)}; of the attention, weighed alike, "
         f"{mean_interval(attention).text(times=100)}; of the keys {100 / length:.3g}",
     )
@@ -123,7 +137,7 @@ def _judge_training(report: PaperReport, random: PaperReport) -> Claim:
         return Claim(claim, UNMEASURED, f"It takes {BF16} at {length:,} tokens and Δ1 = {delta1} in both reports.")
     both = [mean_interval(values) for values in (ours, theirs)]
     apart = {(True, False): FOUND, (False, True): NOT_FOUND}
-    clear = all(one.low is not None and one.high is not None for one in both)
     above, below = ((first.low or 0.0) > (second.high or 0.0) for first, second in (both, both[::-1]))
-    verdict = apart.get((above, below), UNSEEN) if clear else UNSEEN
+    fewest = min(both, key=lambda one: one.units)
+    verdict = untold(fewest.units) if fewest.half is None else apart.get((above, below), UNSEEN)
     return Claim(claim, verdict, f"D abs of {BF16}: {both[0].text()}; of random weights {both[1].text()}")

@@ -24,7 +24,7 @@ from anchor_attn.drift.paper.report import MEASURES, KeyProfile, PaperReport, pa
 from anchor_attn.drift.parts import Part, parts_of, rows_of
 from anchor_attn.drift.policies import Policy, find_policies
 from anchor_attn.drift.states import LLAMA_THETA, States, random_states
-from anchor_attn.drift.view import View
+from anchor_attn.drift.view import Queries, View
 from anchor_attn.masks.layout import checked_int
 
 DELTA2 = 16
@@ -47,7 +47,7 @@ def measure_paper(
     lengths: Sequence[int] = LENGTHS,
     lengths_delta1: int = 0,
     policies: Sequence[str | Policy] | None = PAPER_POLICIES,
-    queries: int | None = None,
+    queries: Queries = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> PaperReport:
     """D and D_logit of many sequences: against Δ1 at one length, and against the length at one Δ1.
@@ -150,7 +150,7 @@ def _measure_sequence(
     cases: dict[int, tuple[int, ...]],
     delta2: int,
     policies: Sequence[Policy],
-    queries: int | None,
+    queries: Queries,
 ) -> Iterator[tuple[Key, Columns]]:
     for length, deltas1 in cases.items():
         sums: dict[Key, list[Tensor]] = {}

@@ -24,10 +24,10 @@ from anchor_attn.drift.measure import checked_shifts
 from anchor_attn.drift.parts import parts_of, rows_of
 from anchor_attn.drift.patterns.meter import MOVES, PAIRED, Case, CaseSums, Meter
 from anchor_attn.drift.patterns.report import Comparison, PatternRecord, PatternReport
-from anchor_attn.drift.policies import Policy, find_policies
+from anchor_attn.drift.policies import FP64, Policy, find_policies
 from anchor_attn.drift.states import States, list_layers, random_states
-from anchor_attn.drift.view import View
-from anchor_attn.intervals import UNITS_FOR_AN_INTERVAL, Interval, ratio_interval
+from anchor_attn.drift.view import Queries, View, count_queries
+from anchor_attn.intervals import UNITS_FOR_AN_INTERVAL, ratio_interval
 from anchor_attn.masks import PackedLayout
 from anchor_attn.masks.layout import ANCHOR_ID, PositionPolicy
 from anchor_attn.masks.patterns import PATTERNS, Pattern, check_pattern
@@ -44,7 +44,7 @@ def measure_patterns(
     *,
     policies: Sequence[str | Policy] | None = PATTERN_POLICIES,
     shifts: Sequence[int] = PATTERN_SHIFTS,
-    queries: int | None = PATTERN_QUERIES,
+    queries: Queries = PATTERN_QUERIES,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> PatternReport:
@@ -81,13 +81,17 @@ def measure_patterns(
             say(f"layer {layer.layer}")
         sums.append(_measure_layer(layer, layout, found, shifts, queries))
     cases = [case for case in sums[0].means("mean") if case.pattern == PATTERNS[0]]
+    compared = [pair for case in cases for pair in _pairs(case)]
+    # float64, the floor, is not judged.
+    judged = sum(case.policy != FP64.name for case, _ in compared)
     return PatternReport(
         records=tuple(record for layer, one in zip(layers, sums, strict=True) for record in _records(layer, one)),
-        comparisons=tuple(comparison for case in cases for comparison in _comparisons(case, sums)),
+        comparisons=tuple(_compare(case, reference, sums, judged) for case, reference in compared),
         settings={
             "seq_len": layout.seq_len, "rows": layout.batch_size, "layers": len(layers),
             "documents": [list(lengths) for lengths in layout.document_lengths],
-            "policies": [policy.name for policy in found], "shifts": list(shifts), "queries": queries, "seed": seed,
+            "policies": [policy.name for policy in found], "shifts": list(shifts), "seed": seed,
+            "queries": count_queries(layout.seq_len, queries),
         },
     )  # fmt: skip
 
@@ -96,7 +100,7 @@ def measure_patterns(
 
 
 def _measure_layer(
-    states: States, layout: PackedLayout, policies: Sequence[Policy], shifts: Sequence[int], queries: int | None
+    states: States, layout: PackedLayout, policies: Sequence[Policy], shifts: Sequence[int], queries: Queries
 ) -> CaseSums:
     sums = CaseSums(layout.batch_size, states.query.shape[1])
     for row, alone in enumerate(rows_of(states)):
@@ -115,7 +119,7 @@ def _measure_layer(
 
 
 def _document_view(
-    states: States, layout: PackedLayout, pattern: Pattern, position_policy: PositionPolicy, queries: int | None
+    states: States, layout: PackedLayout, pattern: Pattern, position_policy: PositionPolicy, queries: Queries
 ) -> View:
     view = View.of(states, layout, pattern, position_policy, queries)
     rows = view.rows[layout.document_ids[0][view.rows] > ANCHOR_ID]
@@ -152,25 +156,28 @@ def _records(states: States, sums: CaseSums) -> Iterator[PatternRecord]:
         )
 
 
-def _comparisons(full: Case, sums: Sequence[CaseSums]) -> Iterator[Comparison]:
+def _pairs(full: Case) -> Iterator[tuple[Case, Case]]:
     """Of a case of the full pattern: patterns among each other, and each with itself under other positions."""
     for pattern, reference in PAIRED:
-        case = replace(full, pattern=pattern)
-        parts = tuple(
-            _over_layers(sums, case, f"{part} {reference}") for part in ("dropped from", "added to", "kept of")
-        )
-        yield _compare(case, replace(full, pattern=reference), sums, parts)
+        yield replace(full, pattern=pattern), replace(full, pattern=reference)
     if full.position_policy == "reset":
         for pattern in PATTERNS:
             case = replace(full, pattern=pattern)
-            other = replace(case, position_policy="continuous")
-            kept = _over_layers(sums, case, "mean") - _over_layers(sums, other, "mean")
-            yield _compare(case, other, sums, (0.0, 0.0, kept))
+            yield case, replace(case, position_policy="continuous")
 
 
-def _compare(case: Case, reference: Case, sums: Sequence[CaseSums], parts: tuple[float, ...]) -> Comparison:
-    ratio, unit = _ratio(case, reference, sums)
-    dropped, added, kept = parts
+def _parts(case: Case, reference: Case, sums: Sequence[CaseSums]) -> tuple[float, ...]:
+    """Of the difference: dropped, added and kept."""
+    if case.pattern == reference.pattern:
+        return 0.0, 0.0, _over_layers(sums, case, "mean") - _over_layers(sums, reference, "mean")
+    names = ("dropped from", "added to", "kept of")
+    return tuple(_over_layers(sums, case, f"{name} {reference.pattern}") for name in names)
+
+
+def _compare(case: Case, reference: Case, sums: Sequence[CaseSums], judged: int) -> Comparison:
+    ours, theirs, unit = _units(case, reference, sums)
+    ratio, together = (ratio_interval(ours, theirs, count) for count in (1, max(1, judged)))
+    dropped, added, kept = _parts(case, reference, sums)
     return Comparison(
         level=case.level,
         pattern=case.pattern,
@@ -186,6 +193,8 @@ def _compare(case: Case, reference: Case, sums: Sequence[CaseSums], parts: tuple
         ratio=None if ratio is None else ratio.mean,
         low=None if ratio is None else ratio.low,
         high=None if ratio is None else ratio.high,
+        side=0 if together is None else together.side(1.0),
+        comparisons=judged,
         units=0 if ratio is None else ratio.units,
         unit=unit,
         dropped=dropped,
@@ -194,18 +203,18 @@ def _compare(case: Case, reference: Case, sums: Sequence[CaseSums], parts: tuple
     )
 
 
-def _ratio(case: Case, reference: Case, sums: Sequence[CaseSums]) -> tuple[Interval | None, str]:
-    """Over rows, each the mean of its layers and heads; over heads of every layer and row where rows are too few."""
+def _units(case: Case, reference: Case, sums: Sequence[CaseSums]) -> tuple[list[float], list[float], str]:
+    """Of both, over rows, each the mean of its layers and heads; or over heads of every layer where rows are few."""
     rows = len(sums[0].queries)
     unit = "rows" if rows >= UNITS_FOR_AN_INTERVAL else "heads"
 
-    def units(one: Case) -> list[float]:
+    def means_of(one: Case) -> list[float]:
         means = [layer.mean(one, "mean") for layer in sums]
         if unit == "heads":
             return [float(value) for layer in means for value in layer.flatten()]
         return [float(value) for value in torch.stack([layer.mean(1) for layer in means]).mean(0)]
 
-    return ratio_interval(units(case), units(reference)), unit
+    return means_of(case), means_of(reference), unit
 
 
 def _over_layers(sums: Sequence[CaseSums], case: Case, name: str) -> float:

@@ -64,6 +64,9 @@ class Comparison:
         ratio: mean / reference_mean; None where that is 0.
         low: lower end of its 95 % interval, paired by unit; None below three units.
         high: its upper end.
+        side: 1 if the ratio is above 1, −1 if it is below, 0 if nothing can be said: by an interval that all
+            `comparisons` of a report hold together in 95 % (Bonferroni), which is wider.
+        comparisons: of the report that are judged.
         units: how many.
         unit: what they are, "rows", or "heads" where rows are fewer than three: then it speaks for these rows only.
         dropped: minus the reference's drift on pairs that the pattern does not attend.
@@ -86,6 +89,8 @@ class Comparison:
     ratio: float | None
     low: float | None
     high: float | None
+    side: int
+    comparisons: int
     units: int
     unit: str
     dropped: float
@@ -99,9 +104,7 @@ class Comparison:
             return "at the floor"
         if self.low is None or self.high is None:
             return "no interval"
-        if self.low <= 1 <= self.high:
-            return "no difference seen"
-        return "reduces" if self.ratio < 1 else "increases"
+        return {-1: "reduces", 0: "no difference seen", 1: "increases"}[self.side]
 
     def __str__(self) -> str:
         where = f"{self.policy}, {self.position_policy} positions, {self.moved} moved by {self.shift:,}"
@@ -110,7 +113,7 @@ class Comparison:
             other = f"{other} with {self.reference_position_policy} positions"
         if self.verdict == "at the floor" or self.ratio is None:
             return f"{where}: drift of {self.level} under {other} is at the floor of float64, nothing to reduce."
-        change = f"by {abs(self.ratio - 1):.1%}" if self.ratio < 2 else f"{self.ratio:.2f} times"
+        change = f"by {_percent(abs(self.ratio - 1)).lstrip('+')}" if self.ratio < 2 else f"{self.ratio:.2f} times"
         said = {
             "reduces": f"reduces it {change}",
             "increases": f"increases it {change}",
@@ -119,9 +122,10 @@ class Comparison:
         }[self.verdict]
         interval = ""
         if self.low is not None and self.high is not None:
-            interval = f" (95 % {self.low - 1:+.1%} … {self.high - 1:+.1%}, {self.units} {self.unit})"
+            ends = f"{_percent(self.low - 1)} … {_percent(self.high - 1)}"
+            interval = f" (95 % {ends}, {self.units} {self.unit}; judged as 1 of {self.comparisons})"
         parts = ", ".join(
-            f"{part / self.reference_mean:+.1%} {words}"
+            f"{_percent(part / self.reference_mean)} {words}"
             for part, words in (
                 (self.dropped, "on pairs no longer attended"),
                 (self.kept, "on pairs that both attend"),
@@ -175,6 +179,11 @@ class PatternReport:
             for comparison in self.compare(pattern="anchor", **asked)
             if comparison.reference != "anchor"
         ]
+
+
+def _percent(change: float) -> str:
+    """With a sign, and two digits that differ from none: 0.123 as "+12.3%", 0.00044 as "+0.044%"."""
+    return f"{change:+.1%}" if abs(change) >= 0.1 else f"{100 * change:+.2g}%"
 
 
 def _has(record: PatternRecord | Comparison, fields: dict[str, Any]) -> bool:
