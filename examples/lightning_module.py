@@ -3,7 +3,7 @@
 python examples/lightning_module.py path/to/model corpus.jsonl
 """
 
-import sys
+import argparse
 from typing import Any
 
 import lightning
@@ -47,6 +47,9 @@ def train(
 if __name__ == "__main__":
     from transformers import AutoModelForCausalLM
 
-    name, corpus = sys.argv[1:]
-    packed = pack_documents(read_documents(corpus), seq_len=8192, tokenizer=name)
-    print(train(AutoModelForCausalLM.from_pretrained(name), packed, steps=100))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("corpus")
+    given = parser.parse_args()
+    packed = pack_documents(read_documents(given.corpus), seq_len=8192, tokenizer=given.model)
+    print(train(AutoModelForCausalLM.from_pretrained(given.model), packed, steps=100))

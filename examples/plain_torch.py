@@ -3,7 +3,7 @@
 python examples/plain_torch.py path/to/model corpus.jsonl
 """
 
-import sys
+import argparse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,8 +40,11 @@ def train(model: torch.nn.Module, rows: PackedRows, steps: int, learning_rate: f
 if __name__ == "__main__":
     from transformers import AutoModelForCausalLM
 
-    name, corpus = sys.argv[1:]
-    packed = pack_documents(read_documents(corpus), seq_len=8192, tokenizer=name)
-    pretrained = AutoModelForCausalLM.from_pretrained(name)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("corpus")
+    given = parser.parse_args()
+    packed = pack_documents(read_documents(given.corpus), seq_len=8192, tokenizer=given.model)
+    pretrained = AutoModelForCausalLM.from_pretrained(given.model)
     print(train(pretrained, packed, steps=100))
     pretrained.save_pretrained("trained")  # a plain checkpoint: wrap it again after loading

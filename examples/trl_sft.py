@@ -3,7 +3,7 @@
 python examples/trl_sft.py path/to/model corpus.jsonl
 """
 
-import sys
+import argparse
 from typing import Any
 
 from datasets import Dataset
@@ -45,7 +45,10 @@ def train(
 if __name__ == "__main__":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name, corpus = sys.argv[1:]
-    own_tokenizer = AutoTokenizer.from_pretrained(name)
-    packed = pack_documents(read_documents(corpus), seq_len=8192, tokenizer=own_tokenizer)
-    print(train(AutoModelForCausalLM.from_pretrained(name), own_tokenizer, packed, steps=100))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("corpus")
+    given = parser.parse_args()
+    own_tokenizer = AutoTokenizer.from_pretrained(given.model)
+    packed = pack_documents(read_documents(given.corpus), seq_len=8192, tokenizer=own_tokenizer)
+    print(train(AutoModelForCausalLM.from_pretrained(given.model), own_tokenizer, packed, steps=100))

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,21 @@ def test_an_example_is_short_and_says_how_it_is_started(name):
 
     assert len(text.splitlines()) < 60
     assert f"examples/{name}.py path/to/model corpus.jsonl" in ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("arguments", [[], ["one"], ["one", "two", "three"]], ids=len)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_without_its_two_arguments_says_which_and_ends_with_2(name, arguments, monkeypatch, capsys):
+    for package in {"trl_sft": ["trl"], "lightning_module": ["lightning"]}.get(name, []):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith(f"usage: {name}.py [-h] model corpus\n")
+    assert err.count("\n") == 2
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from anchor_attn.train.plan import (
     describe_model,
     expect_rates,
     find_device,
+    findings,
     list_findings,
     plan_training,
     predict_steps,
@@ -38,8 +39,9 @@ from anchor_attn.train.plan.calibration import local_device
 from anchor_attn.train.plan.devices import DEVICES
 from anchor_attn.train.plan.findings import half_executed_tokens, half_tokens, longest_documents, needed_slowness
 from anchor_attn.train.plan.memory import activation_bytes, plan_memory
+from anchor_attn.train.plan.report import draw_plan, reasons
 from anchor_attn.train.plan.schemes import SCHEMES, share_row, two_ended_shares
-from anchor_attn.train.plan.steps import attention_bytes_per_s, exchange_bytes_per_s, gather_bytes_per_s
+from anchor_attn.train.plan.steps import attention_bytes_per_s, exchange_bytes_per_s, gather_bytes_per_s, ranks_to_try
 from anchor_attn.train.plan.tiles import CpuTile, Tile
 from anchor_attn.train.plan.work import backward_flops, count_row, executed_flops, forward_flops
 
@@ -282,7 +284,8 @@ def test_what_a_scheme_cannot_do_is_left_out_with_its_reason():
     plan = planned("web-text", 4096, replace(EIGHT, devices=12, rows=12, ranks_a_row=12))
 
     assert "pattern must keep documents to themselves" in plan.step(4096, "document", "full").left_out
-    assert "12" in plan.step(4096, "ulysses", "full").left_out
+    left_out = plan.step(4096, "ulysses", "full").left_out
+    assert left_out == "ranks_a_row must divide the 32 heads under ulysses, got 12; take 4, or leave it out."
     assert plan.step(4096, "ulysses", "full").step_s is None
     assert plan.step(4096, "all_gather", "full").step_s > 0
     uneven = planned("web-text", 4096, replace(EIGHT, rows=12))
@@ -365,6 +368,90 @@ def test_documents_that_fit_need_no_heads_for_a_thousand_ranks():
 
     assert document.attention_received_bytes == 0
     assert "1024" in ulysses.left_out
+
+
+def test_left_out_the_ranks_a_row_are_those_of_a_node_or_the_fewest_more_that_hold_the_row():
+    chosen = replace(EIGHT, devices=64, rows=64, ranks_a_row=None)
+    short, long = (planned("web-text", seq_len, chosen) for seq_len in (4096, 2**20))
+    fewer, given = (planned("web-text", 2**20, replace(chosen, ranks_a_row=ranks)) for ranks in (8, 16))
+    for scheme in ("document", "ulysses", "all_gather"):
+        held, found = short.step(4096, scheme, "anchor"), long.step(2**20, scheme, "anchor")
+        assert (held.ranks_a_row, held.fits) == (8, True)
+        assert (found.ranks_a_row, found.fits, fewer.step(2**20, scheme, "anchor").fits) == (16, True, False)
+        assert found == given.step(2**20, scheme, "anchor")
+
+
+def test_ranks_are_tried_from_a_node_upwards_and_then_downwards():
+    devices = {12: [4, 6, 12, 3, 2], 8: [8, 4, 2], 1: [1], 7: [1, 7], 64: [8, 16, 32, 64, 4, 2]}
+    tried = {count: ranks_to_try(replace(EIGHT, devices=count)) for count in devices}
+    assert tried == devices
+
+
+def test_ulysses_takes_fewer_ranks_where_a_node_has_more_than_the_heads_allow():
+    shape = replace(LLAMA, num_heads=12, num_kv_heads=12)
+    chosen = replace(EIGHT, ranks_a_row=None)
+    assert planned("web-text", 4096, chosen, shape).step(4096, "ulysses", "full").ranks_a_row == 4
+    assert planned("web-text", 4096, chosen, shape).step(4096, "document", "anchor").ranks_a_row == 8
+    too_long = planned("web-text", 2**20, chosen, shape).step(2**20, "ulysses", "full")
+    assert (too_long.ranks_a_row, too_long.fits, too_long.left_out) == (4, False, "")
+    given = planned("web-text", 4096, EIGHT, shape).step(4096, "ulysses", "full")
+    assert "must divide the 12 heads under ulysses, got 8; take 4, or leave it out." in given.left_out
+
+
+def test_where_nothing_holds_a_row_the_ranks_are_those_of_a_node_and_full_stays_left_out():
+    plan = planned("web-text", 2**20, replace(EIGHT, ranks_a_row=None))
+    for scheme in ("document", "ulysses", "all_gather"):
+        step = plan.step(2**20, scheme, "anchor")
+        assert (step.ranks_a_row, step.fits) == (8, False)
+    assert "must keep documents to themselves" in plan.step(2**20, "document", "full").left_out
+
+
+def test_more_ranks_than_heads_keep_documents_whole_and_say_what_that_costs():
+    """A document of 4,000 on 64 ranks of which each should have 1,000 tokens: as it is, for 64 does not divide 32."""
+    plan = planned("4000", 64_001, replace(EIGHT, devices=64, rows=1, ranks_a_row=64))
+    step = plan.step(64_001, "document", "anchor")
+
+    assert step.kept_whole
+    assert step.attention_received_bytes == 0
+    assert step.imbalance == pytest.approx(3, rel=0.01)
+    said = reasons(plan, 64_001)
+    assert any("do not divide the 32 heads: compute is unbalanced by" in line for line in said)
+    assert not any("tolerance" in line or "scheme=" in line for line in said)
+    assert "Whole documents fit the ranks in balance" not in " ".join(list_findings(plan))
+    level = planned("1000", 64_001, replace(EIGHT, devices=64, rows=1, ranks_a_row=64))
+    assert not level.step(64_001, "document", "anchor").kept_whole
+    shared = planned("4000", 64_001, replace(EIGHT, devices=32, rows=1, ranks_a_row=32)).step(
+        64_001, "document", "anchor"
+    )
+    assert not shared.kept_whole
+    assert shared.attention_received_bytes > 0
+
+
+def test_what_is_said_of_a_share_is_what_it_was_measured_by(monkeypatch):
+    monkeypatch.setattr(findings, "NOTICEABLE", 0.2)
+    said = " ".join(list_findings(plan_training(LLAMA, EIGHT, DocumentLengths(), [4096, 65_536])))
+
+    assert "saves less than 20 % at 4K" in said
+    assert "Long documents: 20 % is saved" in said
+    assert "for any mask to save 20 %" in said
+    assert "10 %" not in said
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+
+
+def test_lines_that_lie_on_each_other_are_told_apart_and_what_does_not_fit_is_noted():
+    plan = plan_training(LLAMA, replace(EIGHT, ranks_a_row=None), DocumentLengths(), [2**19, 2**20])
+    axis = draw_plan(plan).axes[0]
+    lines = {line.get_label(): line for line in axis.lines}
+    one, other = lines["full, ulysses"], lines["full, all_gather"]
+
+    assert other.get_ydata()[0] == pytest.approx(one.get_ydata()[0], rel=0.02)
+    assert (one.get_marker(), one.get_linestyle()) != (other.get_marker(), other.get_linestyle())
+    assert one.get_markersize() > other.get_markersize()
+    assert one.get_markerfacecolor() == "none"
+    assert [(note.get_text(), note.get_position()[0]) for note in axis.texts] == [("nothing fits the memory", 2**20)]
+    assert axis.get_xlim()[1] > 2**20
 
 
 # --- what follows ----------------------------------------------------------------------------------------------------
@@ -532,6 +619,14 @@ def test_as_json_it_prints_the_file_and_two_runs_are_equal(run, tmp_path):
     assert first == second
     assert other[1] == (tmp_path / "runs" / "plan" / "plan.json").read_text()
     assert json.loads(first[1])["records"] != json.loads(other[1])["records"]
+
+
+def test_thousands_of_devices_give_a_plan_that_fits(run):
+    code, out, _ = run("--devices", "4096", "--seq-len", "1048576")
+
+    assert code == 0
+    assert "4,096 rows a step, 16 ranks a row where rows are shared" in out
+    assert "At 1M the fastest for anchor that fits is 'document' with 16 ranks a row" in out
 
 
 def test_without_an_argument_the_lengths_are_4k_to_1m(run, monkeypatch):

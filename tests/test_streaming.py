@@ -1,15 +1,19 @@
 """Streams: a resumed run sees the next row, ranks and workers share the documents, the report accounts for the rest."""
 
+import gzip
 import io
 import json
+import os
 import pickle
 import resource
+import shutil
 from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -74,6 +78,13 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
+def in_another_order(state):
+    """The same state, as a loader may hand it back: torchdata sends what changed as a set of keys."""
+    if isinstance(state, dict):
+        return {name: in_another_order(state[name]) for name in reversed(state)}
+    return [in_another_order(item) for item in state] if isinstance(state, list) else state
+
+
 PACKINGS = {
     "concat": {},
     "drop": {"packing": "drop"},
@@ -98,6 +109,19 @@ def test_a_stream_resumed_behind_any_row_gives_the_next_one(settings, corpus):
         second.load_state_dict(through_a_file(first.state_dict()))
         assert second.state_dict() == first.state_dict()
         assert take(second, 12) == whole[count : count + 12]
+
+
+@pytest.mark.parametrize("packing", ["concat", "drop", "best_fit", "chunks"])
+def test_the_order_of_keys_in_a_state_changes_no_row_and_no_report(packing, corpus):
+    settings = {**PACKINGS[packing], "epochs": 1}
+    whole = take(stream_of(corpus, **settings), 10_000)
+    for count in range(0, len(whole) + 1, 4):
+        first, second = stream_of(corpus, **settings), stream_of(corpus, **settings)
+        take(iter(first), count)
+        state = in_another_order(first.state_dict())
+        assert read_report(state) == first.report()
+        second.load_state_dict(state)
+        assert take(second, 10_000) == whole[count:]
 
 
 @hypothesis_settings(max_examples=15, deadline=None)
@@ -206,6 +230,65 @@ def test_the_state_of_changed_files_of_another_rank_or_of_something_else_is_refu
         PackedStream(path, 64).load_state_dict({"model": 1})
 
 
+def write_documents(path, texts):
+    """Files of rows with these texts; a text file has the first."""
+    if path.suffix == ".parquet":
+        Dataset.from_dict({"text": texts}).to_parquet(path)
+    elif path.suffix == ".txt":
+        path.write_text(texts[0])
+    else:
+        data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet", "txt"])
+def test_files_that_were_changed_are_refused_at_the_same_size_and_a_copy_is_not(suffix, tmp_path):
+    before, after = (tmp_path / name / f"a.{suffix}" for name in ("before", "after"))
+    for path, text in ((before, "three"), (after, "eight")):
+        path.parent.mkdir()
+        write_documents(path, [text, "two", "one"])
+    state = PackedStream(before.parent, 64).state_dict()
+    if suffix in ("jsonl", "txt"):
+        assert before.stat().st_size == after.stat().st_size
+    with pytest.raises(ValueError, match=r"got sources: 0: files='1 \(\w+\)' where this one has '1 \(\w+\)'; resume"):
+        PackedStream(after.parent, 64).load_state_dict(state)
+    shutil.copy(before, after)
+    os.utime(after, (0, 0))
+    PackedStream(after.parent, 64).load_state_dict(state)
+
+
+def test_documents_in_memory_that_were_changed_are_refused():
+    one, other = (Dataset.from_dict({"text": [*"abcdefg", text]}) for text in ("h", "i"))
+    state = PackedStream(one, 64).state_dict()
+    PackedStream(Dataset.from_dict({"text": [*"abcdefgh"]}), 64).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"got sources: 0: files="):
+        PackedStream(other, 64).load_state_dict(state)
+
+
+@pytest.mark.parametrize("place", [0, 0.5, 1], ids=["front", "middle", "end"])
+def test_of_a_large_file_the_front_the_end_and_stretches_between_are_seen(place, tmp_path):
+    """Eight stretches of 8 KiB: of a file of twice as much every other one."""
+    path = tmp_path / "a.jsonl"
+    content = bytearray(b"x" * (2 * files_room.SAMPLES * files_room.SAMPLE_BYTES))
+    path.write_bytes(content)
+    meta = PackedStream(path, 64).settings
+    begin = min(int(place * len(content)), len(content) - 1)
+    end = min(begin + files_room.SAMPLE_BYTES + 2, len(content))
+    content[begin:end] = b"y" * (end - begin)
+    path.write_bytes(content)
+    assert PackedStream(path, 64).settings != meta
+
+
+def test_a_file_is_sampled_at_any_size_and_before_there_are_workers(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # a hole: 1 TiB that takes no room
+    stream = PackedStream(path, 64)
+    create_loader(stream, 1, PackedCollator(seq_len=64), num_workers=2)
+    assert "settings" in vars(stream)
+    assert len(files_room.sample_file(path)) < 2**17
+
+
 # --- DataLoader -----------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +327,30 @@ def test_a_loader_resumed_behind_any_batch_gives_the_next_one(num_workers, packi
 
 
 @forks
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("chunk_tokens", [None, 8], ids=["whole", "chunks"])
+@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+def test_a_finite_loader_resumed_behind_any_batch_gives_the_others(packing, chunk_tokens, num_workers, tmp_path):
+    """Rows that are open at the end are closed, in the order of the first run."""
+    draw = np.random.default_rng(5)
+    texts = [f"{number:02}" + "." * int(draw.integers(0, 60)) for number in range(30)]
+    write_documents(tmp_path / "a.jsonl", texts)
+
+    def loader():
+        settings = {"packing": packing, "chunk_tokens": chunk_tokens, "epochs": 1, "window_documents": 9}
+        stream = PackedStream(tmp_path / "a.jsonl", SEQ_LEN, **settings)
+        return create_loader(stream, 2, PackedCollator(seq_len=SEQ_LEN), num_workers=num_workers)
+
+    whole = batches(loader(), 100)
+    assert len(whole) > 5
+    for count in range(len(whole) + 1):
+        first, second = loader(), loader()
+        assert batches(first, count) == whole[:count]
+        second.load_state_dict(through_a_file(first.state_dict()))
+        assert batches(second, 100) == whole[count:]
+
+
+@forks
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (4, 1), (4, 0)])
 def test_ranks_and_workers_together_see_every_document_once(world_size, num_workers, corpus):
     seen = []
@@ -269,7 +376,7 @@ def test_a_hub_dataset_is_not_shared_out_twice_between_workers(monkeypatch):
 def test_a_bad_source_ends_a_worker_with_our_message(tmp_path):
     (tmp_path / "a.jsonl").write_text("{broken\n" * 3)
     stream = PackedStream(StreamSource(tmp_path / "a.jsonl", bad_records=2), 64)
-    with pytest.raises(ValueError, match=r"source must hold at most bad_records=2 bad records a worker, got 3"):
+    with pytest.raises(ValueError, match=r"sources\[0\] must hold at most bad_records=2 bad records a worker, got 3"):
         next(plain_rows(stream, 1))
 
 

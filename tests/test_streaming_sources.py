@@ -191,9 +191,41 @@ def test_shards_of_one_compressed_file_are_balanced_by_records(tmp_path):
 def test_a_shard_without_a_document_ends_with_one_clear_error(tmp_path):
     write_lines(tmp_path / "a.jsonl", ["one", "two"])
     stream = streams_of(tmp_path / "a.jsonl", 4, ENDLESS)[1]
-    with pytest.raises(ValueError, match=r"source must hold a document for each of 4 shards .* got none for shard 1"):
+    message = (
+        r"sources\[0\] must hold a document for each of 4 shards \(ranks × workers\), got 2 in '.*a\.jsonl' and "
+        r"none for shard 1; use fewer workers or ranks, or a source with more documents\."
+    )
+    with pytest.raises(ValueError, match=rf"^{message}$"):
         stream.draw()
-    assert drawn(streams_of(tmp_path / "a.jsonl", 4, ONCE)[1]) == []  # the others have them
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_where_epochs_are_counted_a_shard_without_a_document_warns_once_and_gives_nothing(epochs, tmp_path):
+    write_lines(tmp_path / "a.jsonl", ["one"])
+    streams = streams_of(tmp_path / "a.jsonl", 2, ONCE._replace(epochs=epochs))
+    with pytest.warns(
+        UserWarning, match=r"^A shard gives no row of a source: sources\[0\] .* 2 shards .* got 1 in"
+    ) as said:
+        assert [drawn(stream) for stream in streams] == [["one"] * epochs, []]
+    assert len(said) == 1
+
+
+def test_a_source_in_which_no_record_is_a_document_is_refused_however_often_it_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{broken\n" * 3)
+    (tmp_path / "empty.jsonl").write_text("")
+    for name, faults in (("a", r" \(.*not JSON.*\)"), ("empty", "")):
+        for draws in (ONCE, ENDLESS):
+            (stream,) = streams_of(tmp_path / f"{name}.jsonl", draws=draws)
+            with pytest.raises(ValueError, match=rf"got 0 in '.*' and none for shard 0{faults}; use fewer"):
+                stream.draw()
+
+
+def test_the_documents_of_an_error_are_counted_so_far(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents_room, "MOST_COUNTED", 3)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 4 + json.dumps({"text": "x" * 3_000}))
+    stream = streams_of(tmp_path / "a.jsonl", 4, ENDLESS)[2]
+    with pytest.raises(ValueError, match=r"got at least 3 in '.*' and none for shard 2;"):
+        stream.draw()
 
 
 # --- order ----------------------------------------------------------------------------------------------------------
@@ -271,8 +303,8 @@ def test_one_bad_record_more_than_allowed_is_one_clear_error(tmp_path):
     drawn(*streams_of(tmp_path / "a.jsonl", bad_records=5))
     with pytest.raises(
         ValueError,
-        match=r"source must hold at most bad_records=4 bad records a worker, got 5 within the first 7 of '.*a\.jsonl' "
-        r"\(.*; a\.jsonl:7: text is a int, not a string\); mend them, or raise bad_records\.",
+        match=r"sources\[0\] must hold at most bad_records=4 bad records a worker, got 5 within the first 7 of "
+        r"'.*a\.jsonl' \(.*; a\.jsonl:7: text is a int, not a string\); mend them, or raise bad_records\.",
     ):
         drawn(*streams_of(tmp_path / "a.jsonl", draws=ONCE_IN_ORDER, bad_records=4))
 
@@ -308,6 +340,13 @@ def test_a_broken_parquet_file_counts_as_one_bad_record(tmp_path):
     (stream,) = streams_of(tmp_path)
     assert drawn(stream) == ["the next"]
     assert stream.counts.first_bad[0].startswith("a.parquet:1: cannot be read from here on, ArrowInvalid")
+
+
+def test_a_record_without_columns_is_called_that(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{}\n{"text": "one"}\n')
+    (stream,) = streams_of(tmp_path / "a.jsonl")
+    assert drawn(stream) == ["one"]
+    assert stream.counts.first_bad == ["a.jsonl:1: a record without columns"]
 
 
 def test_a_column_that_no_row_has_is_named(tmp_path):
@@ -359,13 +398,17 @@ def test_settings_out_of_their_range_are_refused(settings, message):
 
 
 def test_sources_that_are_none_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"got 'no/such/file\.jsonl', which does not exist; check the path\."):
-        PackedStream("no/such/file.jsonl", 64)
-    with pytest.raises(ValueError, match="source must hold at least one file, got none in"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^sources\[1\]\.path must .* got 'no/such\.txt', which does not exist; check"
+    ):
+        PackedStream(["stdlib", "no/such.txt"], 64)
+    with pytest.raises(ValueError, match=r"^sources\[0\] must hold at least one file, got none in"):
         PackedStream(tmp_path, 64)
     with pytest.raises(ValueError, match="sources must hold at least one source, got none"):
         PackedStream([], 64)
-    with pytest.raises(TypeError, match=r"source must be a path, a name, Documents or a datasets\.Dataset, got int"):
+    with pytest.raises(
+        TypeError, match=r"sources\[0\]\.path must be a path, a name, Documents or a datasets\.Dataset, got int"
+    ):
         PackedStream(StreamSource(3), 64)
 
 
@@ -374,5 +417,5 @@ def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"source must be a path or a dataset that the hub can give, got 'owner/name'"):
+    with pytest.raises(ValueError, match=r"^sources\[0\]\.path must be a path or a dataset .* got 'owner/name'"):
         PackedStream("owner/name", 64)

@@ -158,8 +158,8 @@ def read_hub(name: str, subset: str | None, split: str, text_column: str) -> Ite
         raise _hub_error(name, subset, split, error) from error
 
 
-def load_hub(name: str, subset: str | None, split: str, text_column: str) -> "IterableDataset":
-    """A dataset of the hub, to be streamed, with the columns that are read.
+def load_hub(name: str, subset: str | None, split: str, text_column: str, called: str = "source") -> "IterableDataset":
+    """A dataset of the hub, to be streamed, with the columns that are read; `called` is what an error names.
 
     Raises:
         ValueError: the hub does not give it.
@@ -171,11 +171,11 @@ def load_hub(name: str, subset: str | None, split: str, text_column: str) -> "It
         wanted = [column for column in (text_column, TOKENS) if column in (rows.column_names or ())]
         return rows.select_columns(wanted) if wanted else rows
     except Exception as error:
-        raise _hub_error(name, subset, split, error) from error
+        raise _hub_error(name, subset, split, error, called) from error
 
 
-def _hub_error(name: str, subset: str | None, split: str, error: Exception) -> ValueError:
+def _hub_error(name: str, subset: str | None, split: str, error: Exception, called: str = "source") -> ValueError:
     return ValueError(
-        f"source must be a path or a dataset that the hub can give, got {name!r} ({one_line(error)}); "
+        f"{called} must be a path or a dataset that the hub can give, got {name!r} ({one_line(error)}); "
         f"check the name, split={split!r}, subset={subset!r} and the network."
     )

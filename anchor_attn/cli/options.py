@@ -12,21 +12,21 @@ from typing import ParamSpec
 
 P = ParamSpec("P")
 
-# Options that are not called what they set, and what a function below calls otherwise than the command above it.
-OTHERWISE = {"as_json": "--json", "config": "--model", "source": "--text", "checkpoint": "--out"}
+# What a function below calls otherwise than the command above it, where that has such an option.
+OTHERWISE = {"config": "model", "source": "text", "checkpoint": "out"}
 KINDS = (ValueError, TypeError, OSError)  # of bad input
 
 
 def errors_by_options(command: Callable[P, None]) -> Callable[P, None]:
     """A command whose errors name its options."""
-    names = [*inspect.signature(command).parameters, *OTHERWISE]
+    parameters = list(inspect.signature(command).parameters)
 
     @wraps(command)
     def called(*arguments: P.args, **options: P.kwargs) -> None:
         try:
             command(*arguments, **options)
         except KINDS as error:
-            said = by_options(str(error), names)
+            said = by_options(str(error), parameters)
             if said == str(error):
                 raise
             raise next(kind for kind in KINDS if isinstance(error, kind))(said) from error
@@ -34,16 +34,18 @@ def errors_by_options(command: Callable[P, None]) -> Callable[P, None]:
     return called
 
 
-def by_options(message: str, names: Iterable[str]) -> str:
+def by_options(message: str, parameters: Iterable[str]) -> str:
     """An error's message, with options for the parameters that it is about, and for those that it asks for.
 
     In front of "must" a name is a parameter; behind it only where it cannot be a word: with an underscore, or a value.
 
     Args:
         message: `<name> must <rule>, got <what came>; <what to do>.`; another one comes back as it is.
-        names: of parameters that are options.
+        parameters: of the command, each an option.
     """
-    options = {name: OTHERWISE.get(name, f"--{name.replace('_', '-')}") for name in names}
+    typed = {name: name for name in parameters}
+    typed |= {name: option for name, option in OTHERWISE.items() if option in typed}
+    options = {name: f"--{option.removeprefix('as_').replace('_', '-')}" for name, option in typed.items()}
     parameter = f"(?:{'|'.join(map(re.escape, options))})"
     about, must, rest = message.partition(" must ")
     if not must:

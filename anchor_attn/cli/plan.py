@@ -1,6 +1,5 @@
 """`anchor-attn plan`."""
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,7 +42,10 @@ def plan_command(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "a100",
     devices: Annotated[int | None, typer.Option(help="How many; 8, and 1 on this machine.")] = None,
     ranks_a_row: Annotated[
-        int | None, typer.Option(help="Devices that share a row, where a scheme shares rows; those of a node at most.")
+        int | None,
+        typer.Option(
+            help="Devices that share a row, where a scheme shares rows; a node's, or the fewest more that hold it."
+        ),
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Rows a step, all devices together; one a device.")] = None,
     mfu: Annotated[float | None, typer.Option(help="Share of the peak that the dense layers reach; 0.5.")] = None,
@@ -91,7 +93,7 @@ def plan_command(
         count,
         rates,
         rows=count if rows is None else rows,
-        ranks_a_row=math.gcd(count, kind.node_devices) if ranks_a_row is None else ranks_a_row,
+        ranks_a_row=ranks_a_row,
         dtype="float32" if device == "cpu" else "bfloat16",
         checkpointing=checkpointing,
         fused_loss=fused_loss,
@@ -201,7 +203,7 @@ def _say(plan: "TrainingPlan", findings: list[str], predictions: "list[Predictio
     console.print(report.describe_plan(plan) + "\n", markup=False)
     console.print(_table(report.BY_LENGTH, report.lines_by_length(plan)), crop=False)
     console.print("attention: of full's forward, in operations; c: with checkpointing; *: does not fit\n", markup=False)
-    console.print(f"By scheme, at {short(seq_len)}", markup=False)
+    console.print(f"By scheme, at {short(seq_len)}; attn. and weights: what a rank receives in a step", markup=False)
     console.print(_table(report.BY_SCHEME, report.lines_by_scheme(plan, seq_len)), crop=False)
     for line in report.reasons(plan, seq_len):
         console.print(line, markup=False)

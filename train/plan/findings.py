@@ -80,9 +80,9 @@ def _below(full: Sequence[StepPlan], shape: ModelShape) -> list[str]:
         else "all S × S cells instead of the causal half do not suffice"
     )
     return [
-        "A figure of 50 % less below that contains something else than the pairs: a full attention whose operations "
-        f"run slower than the dense layers' ({factors}); {dense}; a dense mask, a mask built in every step, or padding "
-        "and waiting that one arm has and the other has not."
+        f"A figure of {_percent(HALF)} less below that contains something else than the pairs: a full attention whose "
+        f"operations run slower than the dense layers' ({factors}); {dense}; a dense mask, a mask built in every step, "
+        "or padding and waiting that one arm has and the other has not."
     ]
 
 
@@ -91,14 +91,18 @@ def _ends(full: Sequence[StepPlan], plan: TrainingPlan) -> list[str]:
     savings = {seq_len: plan.saving(seq_len) for seq_len in plan.seq_lens}
     little = [short(seq_len) for seq_len, saving in savings.items() if saving is not None and saving < NOTICEABLE]
     if little:
-        found.append(f"With these documents it saves less than 10 % at {', '.join(little)}.")
+        found.append(f"With these documents it saves less than {_percent(NOTICEABLE)} at {', '.join(little)}.")
     bounds = [(step.seq_len, longest_documents(step)) for step in full]
     reach = ", ".join(f"{bound:,.0f} of {short(seq_len)}" for seq_len, bound in bounds if bound is not None)
     none = [seq_len for seq_len, bound in bounds if bound is None]
     if reach:
-        found.append(f"Long documents: 10 % is saved while equal documents have at most {reach} tokens.")
+        found.append(
+            f"Long documents: {_percent(NOTICEABLE)} is saved while equal documents have at most {reach} tokens."
+        )
     if none:
-        found.append(f"In rows up to {short(max(none))} attention is too little for any mask to save 10 %.")
+        found.append(
+            f"In rows up to {short(max(none))} attention is too little for any mask to save {_percent(NOTICEABLE)}."
+        )
     return found
 
 
@@ -109,19 +113,28 @@ def _schemes(plan: TrainingPlan) -> list[str]:
     fitting = [step for step in steps if step.fits]
     if fitting:
         best = min(fitting, key=lambda step: step.step_s or 0.0)
+        chosen = plan.cluster.ranks_a_row is None and best.ranks_a_row > 1
+        shared = f" with {best.ranks_a_row} ranks a row" if chosen else ""
         found.append(
-            f"At {short(longest)} the fastest for anchor that fits is {best.scheme!r}, {best.step_s:,.2f} s, "
+            f"At {short(longest)} the fastest for anchor that fits is {best.scheme!r}{shared}, {best.step_s:,.2f} s, "
             f"compute unbalanced by {100 * (best.imbalance or 0):.1f} %."
         )
     else:
-        found.append(
-            f"At {short(longest)} no scheme fits the memory; more ranks a row, or a fused loss, take less of it."
-        )
+        more = "devices" if plan.cluster.ranks_a_row is None else "ranks a row"
+        found.append(f"At {short(longest)} no scheme fits the memory; more {more}, or a fused loss, take less of it.")
     given = [step for step in plan.steps if (step.scheme, step.pattern) == ("document", "anchor") and step.step_s]
-    silent = [short(step.seq_len) for step in given if not step.attention_received_bytes]
-    if silent and plan.cluster.ranks_a_row > 1:
+    silent = [
+        short(step.seq_len)
+        for step in given
+        if step.ranks_a_row > 1 and not step.attention_received_bytes and not step.kept_whole
+    ]
+    if silent:
         found.append(f"Whole documents fit the ranks in balance, and attention sends nothing, at {', '.join(silent)}.")
     return found
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
 
 
 def short(tokens: int) -> str:

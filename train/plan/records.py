@@ -44,6 +44,7 @@ class StepPlan:
         step_s: all of it.
         tokens_per_s: of all devices.
         mfu: forward and backward operations, over what the devices could do in that time; None without a known peak.
+        kept_whole: whether documents that fit no rank stay whole, for the ranks do not divide the heads ("document").
         saving_of_full: what is saved of full's step under the same scheme, or under "ulysses" where full has none.
         left_out: why there is no step.
     """
@@ -81,5 +82,6 @@ class StepPlan:
     step_s: float | None = None
     tokens_per_s: float | None = None
     mfu: float | None = None
+    kept_whole: bool = False
     saving_of_full: float | None = None
     left_out: str = ""

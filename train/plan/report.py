@@ -14,14 +14,27 @@ from anchor_attn.train.plan.schemes import SCHEMES
 from anchor_attn.train.plan.training import TrainingPlan
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PAPERS_TOKENS = 65_536
 BY_LENGTH = ("tokens a row", "pairs kept", "attention", "full s", "intra_doc s", "anchor s", "saved", "memory GB")
-BY_SCHEME = ("scheme", "pattern", "step s", "saved", "MFU", "memory GB", "attn. in GB", "weights in GB", "imbalance")
+BY_SCHEME = (
+    "scheme",
+    "pattern",
+    "ranks",
+    "step s",
+    "saved",
+    "MFU",
+    "memory GB",
+    "attn. GB",
+    "weights GB",
+    "uneven",
+)
 BY_PREDICTION = ("tokens a row", "pattern", "measured s", "predicted s", "error")
 COLORS = {"full": "black", "intra_doc": "tab:blue", "anchor": "tab:orange"}
 DASHES = {"data": ":", "document": "-", "ulysses": "--", "all_gather": "-."}
+MARKERS = {"data": (".", 4), "document": ("s", 5), "ulysses": ("o", 8), "all_gather": ("x", 5)}
 
 
 def describe_plan(plan: TrainingPlan) -> str:
@@ -29,9 +42,17 @@ def describe_plan(plan: TrainingPlan) -> str:
     cluster, shape = plan.cluster, plan.shape
     return (
         f"{shape.name}, {_parameters(shape.parameters)} parameters, on {cluster.devices:,} × {cluster.device.name}; "
-        f"{cluster.rows:,} rows a step, {cluster.ranks_a_row} ranks a row where rows are shared; documents: "
+        f"{cluster.rows:,} rows a step, {_ranks(plan)} ranks a row where rows are shared; documents: "
         f"{plan.documents.name}"
     )
+
+
+def _ranks(plan: TrainingPlan) -> str:
+    """Of the cluster, or those that were chosen: "8", "8 to 32"."""
+    if plan.cluster.ranks_a_row is not None:
+        return f"{plan.cluster.ranks_a_row:,}"
+    chosen = {step.ranks_a_row for step in plan.steps if step.scheme != "data" and not step.left_out}
+    return " to ".join(f"{ranks:,}" for ranks in sorted({min(chosen), max(chosen)})) if chosen else "no"
 
 
 def _parameters(count: int) -> str:
@@ -103,23 +124,32 @@ def _scheme_line(step: StepPlan) -> tuple[str, ...]:
     return (
         step.scheme,
         step.pattern,
+        f"{step.ranks_a_row:,}",
         _seconds(step.step_s or 0.0),
         "–" if step.saving_of_full is None else _percent(step.saving_of_full),
         "–" if step.mfu is None else f"{100 * step.mfu:.0f} %",
         _memory(step),
         f"{(step.attention_received_bytes or 0) / 1e9:,.3g}",
         f"{(step.weights_received_bytes or 0) / 1e9:,.3g}",
-        f"{100 * (step.imbalance or 0):.1f} %",
+        f"{max(0.0, 100 * (step.imbalance or 0)):.1f} %",
     )
 
 
 def reasons(plan: TrainingPlan, seq_len: int) -> list[str]:
-    """Why schemes were left out at a length, once each."""
+    """Why schemes were left out at a length, once each, and where documents are not shared that should be."""
     absent: dict[str, list[str]] = {}
     for step in plan.steps:
         if step.seq_len == seq_len and step.left_out:
             absent.setdefault(step.left_out, []).append(f"{step.pattern} under {step.scheme}")
-    return [f"Left out: {', '.join(names)}: {reason}" for reason, names in absent.items()]
+    whole = [step for step in plan.steps if step.seq_len == seq_len and step.kept_whole]
+    unbalanced = ", ".join(
+        f"{step.pattern} {100 * (step.imbalance or 0):.0f} % on {step.ranks_a_row:,} ranks" for step in whole
+    )
+    return [
+        *(f"Left out: {', '.join(names)}: {reason}" for reason, names in absent.items()),
+        *([f"Under document no document is shared, as the ranks of a row do not divide the {plan.shape.num_heads} "
+           f"heads: compute is unbalanced by {unbalanced}."] if whole else []),
+    ]  # fmt: skip
 
 
 def lines_of_predictions(predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
@@ -147,15 +177,7 @@ def draw_plan(plan: TrainingPlan) -> "Figure":
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     seconds, shares = figure.subplots(1, 2)
-    for scheme in SCHEMES:
-        for pattern in PATTERNS:
-            steps = [plan.step(seq_len, scheme, pattern) for seq_len in plan.seq_lens]
-            points = [(step.seq_len, step.step_s) for step in steps if step.step_s is not None and step.fits]
-            if points and pattern != "intra_doc":  # its line lies on anchor's
-                style = {"color": COLORS[pattern], "linestyle": DASHES[scheme], "marker": "o", "markersize": 3}
-                seconds.plot(*zip(*points, strict=True), label=f"{pattern}, {scheme}", **style)
-    seconds.set_yscale("log")
-    seconds.set_ylabel("seconds a step, where it fits the memory")
+    _draw_seconds(seconds, plan)
     full = [plan.step(seq_len, "data", "full") for seq_len in plan.seq_lens]
     shares.plot(plan.seq_lens, [100 * step.attention_of_forward for step in full], color="black", marker="o",
                 markersize=3, label="attention of full's forward, operations")  # fmt: skip
@@ -168,6 +190,7 @@ def draw_plan(plan: TrainingPlan) -> "Figure":
     shares.set_ylim(min(0.0, *(value for _, value in saved), 0.0), 100)
     for axis in (seconds, shares):
         axis.set_xscale("log", base=2)
+        axis.set_xlim(min(plan.seq_lens) / 1.4, max(plan.seq_lens) * 1.4)  # room for what stands at the ends
         axis.set_xticks(plan.seq_lens, [short(seq_len) for seq_len in plan.seq_lens])
         axis.minorticks_off()
         axis.set_xlabel("tokens a row")
@@ -176,6 +199,26 @@ def draw_plan(plan: TrainingPlan) -> "Figure":
             axis.legend(fontsize=8, frameon=False)
     figure.suptitle(describe_plan(plan), fontsize=10)
     return figure
+
+
+def _draw_seconds(axis: "Axes", plan: TrainingPlan) -> None:
+    """A line a scheme and pattern; lines that lie on each other show by markers of their own size and shape."""
+    for scheme in SCHEMES:
+        for pattern in PATTERNS:
+            steps = [plan.step(seq_len, scheme, pattern) for seq_len in plan.seq_lens]
+            points = [(step.seq_len, step.step_s) for step in steps if step.step_s is not None and step.fits]
+            if points and pattern != "intra_doc":  # its line lies on anchor's
+                marker, size = MARKERS[scheme]
+                axis.plot(*zip(*points, strict=True), label=f"{pattern}, {scheme}", color=COLORS[pattern],
+                          linestyle=DASHES[scheme], linewidth=1, marker=marker, markersize=size,
+                          markerfacecolor="none")  # fmt: skip
+    axis.set_yscale("log")
+    axis.set_ylabel("seconds a step, where it fits the memory")
+    for seq_len in plan.seq_lens:
+        if not any(step.fits for step in plan.steps if step.seq_len == seq_len and step.pattern != "intra_doc"):
+            # In data units across and in the axis's own up and down: there is no line to stand beside.
+            axis.text(seq_len, 0.5, "nothing fits the memory", transform=axis.get_xaxis_transform(), rotation=90,
+                      ha="center", va="center", fontsize=8, color="grey")  # fmt: skip
 
 
 def write_page(
@@ -198,6 +241,7 @@ def write_page(
     )
     page.table(BY_LENGTH, lines_by_length(plan))
     page.heading(f"By scheme, at {short(seq_len)}")
+    page.paragraph("Attn. and weights: what a rank receives in a step.")
     page.table(BY_SCHEME, lines_by_scheme(plan, seq_len))
     page.bullets(reasons(plan, seq_len))
     if predictions:

@@ -5,6 +5,7 @@
 Rows of a step are drawn one by one, and ranks wait for each other row by row, for FSDP gathers every layer from all.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,8 @@ class Cluster:
         devices: how many.
         rates: what each reaches.
         rows: rows a step, over all devices.
-        ranks_a_row: that share a row, under any scheme but "data".
+        ranks_a_row: that share a row, under any scheme but "data"; None for those of a node, or else the fewest more
+            that hold the row, as `ranks_to_try`.
         dtype: of the compute.
         checkpointing: whether layers run forward again; None where they must because the memory is too small.
         fused_loss: whether logits are never held at once.
@@ -40,7 +42,7 @@ class Cluster:
     devices: int
     rates: Rates
     rows: int
-    ranks_a_row: int
+    ranks_a_row: int | None
     dtype: Dtype = "bfloat16"
     checkpointing: bool | None = None
     fused_loss: bool = False
@@ -69,19 +71,58 @@ def plan_step(
     """
     works = counts[pattern]
     counted = _counted(shape, rows, counts, pattern, scheme, cluster)
-    if reason := _misfit(cluster, counted.ranks_a_row):
+    if scheme == "data" or cluster.ranks_a_row is not None:
+        return _on_ranks(counted, shape, rows, works, cluster)
+    first, *others = ranks_to_try(cluster)
+    best = _on_ranks(replace(counted, ranks_a_row=first), shape, rows, works, cluster)
+    for ranks in others:
+        if best.fits:
+            break
+        # Documents lie less evenly than this: what does not fit so need not be balanced.
+        if best.left_out or _memory(shape, works[0].tokens / ranks, cluster)[2]:
+            found = _on_ranks(replace(counted, ranks_a_row=ranks), shape, rows, works, cluster)
+            best = found if found.fits or (best.left_out and not found.left_out) else best
+    return best
+
+
+def ranks_to_try(cluster: Cluster) -> list[int]:
+    """Divisors of the devices: those of a node first, then more of them, then fewer, down to two.
+
+    12 devices in nodes of 8    4 6 12 3 2
+    """
+    node = math.gcd(cluster.devices, cluster.device.node_devices)
+    divisors = [ranks for ranks in range(2, cluster.devices + 1) if cluster.devices % ranks == 0]
+    return [node, *(ranks for ranks in divisors if ranks > node), *(ranks for ranks in divisors[::-1] if ranks < node)]
+
+
+def _on_ranks(
+    counted: StepPlan,
+    shape: ModelShape,
+    rows: Sequence[Sequence[int]],
+    works: Sequence[RowWork],
+    cluster: Cluster,
+) -> StepPlan:
+    """The step with as many ranks a row as `counted` says."""
+    ranks, scheme, pattern = counted.ranks_a_row, counted.scheme, counted.pattern
+    if reason := _misfit(cluster, ranks):
         return replace(counted, left_out=reason)
     try:
-        width = BYTES[cluster.dtype]
-        sharings = [share_row(shape, lengths, pattern, scheme, counted.ranks_a_row, width) for lengths in rows]
+        sharings = [share_row(shape, lengths, pattern, scheme, ranks, BYTES[cluster.dtype]) for lengths in rows]
     except ValueError as error:
         return replace(counted, left_out=str(error))
-    tokens = max(float(sharing.tokens.max()) for sharing in sharings)
+    memory, checkpointing, fits = _memory(shape, max(float(sharing.tokens.max()) for sharing in sharings), cluster)
+    planned = replace(
+        _with_memory(counted, memory, checkpointing, fits), kept_whole=any(sharing.kept_whole for sharing in sharings)
+    )
+    return _timed(planned, shape, works, sharings, cluster)
+
+
+def _memory(shape: ModelShape, tokens: float, cluster: Cluster) -> tuple[Memory, bool, bool]:
+    """Of a rank with so many tokens, whether layers run forward again, and whether it then fits."""
     memory = plan_memory(shape, tokens, cluster.devices, cluster.dtype, cluster.fused_loss)
     room = USABLE * cluster.device.memory_bytes
     checkpointing = memory.total(False) > room if cluster.checkpointing is None else cluster.checkpointing
-    planned = _with_memory(counted, memory, checkpointing, room)
-    return _timed(planned, shape, works, sharings, cluster)
+    return memory, checkpointing, memory.total(checkpointing) <= room
 
 
 def _counted(
@@ -100,7 +141,7 @@ def _counted(
         seq_len=works[0].tokens,
         scheme=scheme,
         pattern=pattern,
-        ranks_a_row=1 if scheme == "data" else cluster.ranks_a_row,
+        ranks_a_row=1 if scheme == "data" else cluster.ranks_a_row or 1,
         documents=float(np.mean([len(lengths) for lengths in rows])),
         attended_pairs=pairs / len(rows) / shape.layers,
         pairs_of_full=pairs / full,
@@ -114,13 +155,16 @@ def _counted(
 def _misfit(cluster: Cluster, ranks: int) -> str:
     """Why rows cannot be dealt out evenly; "" where they can."""
     if cluster.devices % ranks:
-        return f"ranks_a_row must divide the devices, got {ranks} for {cluster.devices}; pass another number."
+        return (
+            f"ranks_a_row must divide the devices, got {ranks} for {cluster.devices}; take "
+            f"{math.gcd(ranks, cluster.devices)}, or leave it out."
+        )
     if cluster.rows % (groups := cluster.devices // ranks):
         return f"rows must be a multiple of {groups} to keep all devices busy, got {cluster.rows}; pass {groups}."
     return ""
 
 
-def _with_memory(plan: StepPlan, memory: Memory, checkpointing: bool, room: float) -> StepPlan:
+def _with_memory(plan: StepPlan, memory: Memory, checkpointing: bool, fits: bool) -> StepPlan:
     return replace(
         plan,
         weights_bytes=memory.weights,
@@ -132,7 +176,7 @@ def _with_memory(plan: StepPlan, memory: Memory, checkpointing: bool, room: floa
         logits_bytes=memory.logits,
         memory_bytes=memory.total(checkpointing),
         checkpointing=checkpointing,
-        fits=memory.total(checkpointing) <= room,
+        fits=fits,
     )
 
 

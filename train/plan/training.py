@@ -141,7 +141,7 @@ def plan_training(
         ValueError: a length that no row can have, documents that fill no row, or fewer than one device, row or rank.
     """
     for name, number in (("devices", cluster.devices), ("rows", cluster.rows), ("ranks_a_row", cluster.ranks_a_row)):
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}; pass 8.")
     for seq_len in seq_lens:
         if not 2 <= seq_len <= LONGEST_ROW:

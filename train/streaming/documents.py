@@ -7,6 +7,7 @@ Every draw follows from (seed, source, shard, epoch, window): no buffer has to b
 window began and how many of its documents are out, a few numbers; a resumed run reads that one window again.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from anchor_attn.train.tokenizers import Tokenizer
 
 WINDOW_BYTES = 16 * 2**20
 ENCODED_TOGETHER = 256
+MOST_COUNTED = 1_000  # documents, where a shard has none and the error says how many there are
 ORDER_OF_BLOCKS, ORDER_OF_WINDOW, THINNING = range(3)  # what is drawn, so that no two draws share numbers
 
 
@@ -89,7 +91,8 @@ class DocumentStream:
         state: of another one, from which to go on; the front when None.
 
     Raises:
-        ValueError: more bad records than the source allows, or no document for this shard.
+        ValueError: more bad records than the source allows, or no document for this shard. Where epochs are counted and
+            all documents lie with other shards, it warns and gives nothing.
     """
 
     def __init__(
@@ -157,20 +160,42 @@ class DocumentStream:
 
     def _next_epoch(self) -> bool:
         """Open the next epoch; False where there is none."""
-        is_last = self.draws.epochs == self._epoch + 1
-        # A thinned shard may be left with nothing once; one that holds nothing would be read for ever.
-        if not (self._found_any or self.counts.thinned) and (self.counts.records or not is_last):
-            raise ValueError(
-                f"source must hold a document for each of {self.shard.num_shards} shards (ranks × workers), got none "
-                f"for shard {self.shard.number} in {self.source.name!r}{_first(self.counts)}; use fewer workers, or a "
-                "source with more documents."
-            )
-        if is_last:
+        # A thinned shard may be left with nothing once.
+        if not (self._found_any or self.counts.thinned) and self._epoch == 0:
+            self._say_empty()
+        if self.draws.epochs == self._epoch + 1:
             return False
         self._epoch, self._window_number, self._block, self._place, self._out = self._epoch + 1, 0, 0, None, 0
         self._open_epoch()
         self._open_window()
         return True
+
+    def _say_empty(self) -> None:
+        """Raise a ValueError; warn where epochs are counted and other shards have the documents."""
+        found = self._count_documents()
+        said = (
+            f"sources[{self.number}] must hold a document for each of {self.shard.num_shards} shards (ranks × "
+            f"workers), got {'at least ' if found == MOST_COUNTED else ''}{found:,} in {self.source.name!r} and none "
+            f"for shard {self.shard.number}{_first(self.counts)}; use fewer workers or ranks, or a source with more "
+            "documents."
+        )
+        if self.draws.epochs is None or self.counts.records or not found:
+            raise ValueError(said)
+        warnings.warn(f"A shard gives no row of a source: {said}", stacklevel=2)
+
+    def _count_documents(self) -> int:
+        """Those of all shards, as far as `MOST_COUNTED`."""
+        found = 0
+        for part in self.source.parts:
+            try:
+                for begin, end in part.blocks(0, part.size):
+                    for record in part.read(begin, end, None):
+                        found += self._content(record)[1] is None
+                        if found == MOST_COUNTED:
+                            return found
+            except Exception:  # what cannot be read holds none; its own shard says so
+                continue
+        return found
 
     def _open_epoch(self) -> None:
         count = len(self._blocks)
@@ -232,6 +257,8 @@ class DocumentStream:
             text = row[column]
             return (text, None) if (fault := text_fault(text)) is None else ("", fault)
         if TOKENS not in row:
+            if not row:
+                return "", "a record without columns"
             return "", f"no column {column!r} or {TOKENS!r} among {', '.join(map(repr, row))}"
         tokens = row[TOKENS]
         fault = tokens_fault(tokens)
@@ -248,8 +275,9 @@ class DocumentStream:
             self.counts.first_bad.append(f"{self.source.parts[part].name_of(place)}: {fault}")
         if bad > allowed:
             raise ValueError(
-                f"source must hold at most bad_records={allowed} bad records a worker, got {bad} within the first "
-                f"{self.counts.records} of {self.source.name!r}{_first(self.counts)}; mend them, or raise bad_records."
+                f"sources[{self.number}] must hold at most bad_records={allowed} bad records a worker, got {bad} "
+                f"within the first {self.counts.records} of {self.source.name!r}{_first(self.counts)}; mend them, or "
+                "raise bad_records."
             )
 
     def _rng(self, *what: int) -> np.random.Generator:

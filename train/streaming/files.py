@@ -13,6 +13,8 @@ from anchor_attn.train.streaming.parts import Part, Record, falls_to
 BLOCK_BYTES = 256 * 1024  # about 190 web pages: a window of the shuffle reaches over many blocks
 MOST_BLOCKS = 65_536  # of a part; those of a large one are larger
 BATCH_RECORDS = 256
+SAMPLES = 8  # of a file, the first and the last bytes among them
+SAMPLE_BYTES = 8192
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class LinesPart:
                 left -= len(data)
         return f"{self.name}:{number}"
 
+    def sample(self) -> bytes:
+        """As `sample_file`."""
+        return sample_file(self.path)
+
 
 @dataclass(frozen=True)
 class CompressedLinesPart:
@@ -81,6 +87,10 @@ class CompressedLinesPart:
     def name_of(self, place: int) -> str:
         """By its line."""
         return f"{self.name}:{place + 1}"
+
+    def sample(self) -> bytes:
+        """As `sample_file`; the checksum of a compressed file is at its end."""
+        return sample_file(self.path)
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,10 @@ class ParquetPart:
         """By its row."""
         return f"{self.name}:{place + 1}"
 
+    def sample(self) -> bytes:
+        """As `sample_file`."""
+        return sample_file(self.path)
+
 
 @dataclass(frozen=True)
 class TextPart:
@@ -164,6 +178,29 @@ class TextPart:
     def name_of(self, place: int) -> str:
         """The file's."""
         return self.name
+
+    def sample(self) -> bytes:
+        """As `sample_file`."""
+        return sample_file(self.path)
+
+
+def sample_file(path: Path) -> bytes:
+    """`SAMPLES` stretches of `SAMPLE_BYTES`, evenly spread from the first byte to the last, behind the size.
+
+    A file of up to 64 KiB is read whole; nothing where it cannot be read, for a stream counts that as a bad record.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if size <= SAMPLES * SAMPLE_BYTES:
+                return f"{size} ".encode() + file.read()
+            found = [f"{size} ".encode()]
+            for index in range(SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * index // (SAMPLES - 1))
+                found.append(file.read(SAMPLE_BYTES))
+            return b"".join(found)
+    except OSError:
+        return b""
 
 
 def file_part(file: SourceFile, text_column: str) -> Part:

@@ -55,6 +55,9 @@ class Part(Protocol):
     def name_of(self, place: int) -> str:
         """The name of the record at this place, "data.jsonl:17"."""
 
+    def sample(self) -> bytes:
+        """Some of what it holds, by which a resumed run knows it again; cheap at any size."""
+
 
 def shard_blocks(parts: Sequence[Part], shard: int, num_shards: int) -> list[Block]:
     """The blocks of one shard, in order; those of all shards hold every record once."""

@@ -25,7 +25,7 @@ class SourceReport:
         epochs: epochs begun, by the worker that has begun most.
         thinned_documents: left out so that long ones are drawn more often.
         records: read in the first epoch.
-        bad_records: of these, without a document, by reason, most frequent first.
+        bad_records: of these, without a document, by reason, most frequent first, then by name.
         first_bad: the first of them by name, "data.jsonl:17: not JSON".
         left_out: files of its folder that are not read.
     """
@@ -139,8 +139,8 @@ def _source_reports(states: list[Mapping[str, Any]], settings: Mapping[str, Any]
     counts = [[Counts(**own["sources"][number]["counts"]) for own in states] for number in range(len(settings))]
     total = sum(count.tokens for source in counts for count in source)
     reports = []
-    for number, (name, own) in enumerate(zip(states[0]["names"], settings.values(), strict=True)):
-        reasons = Counter[str]()
+    for number, name in enumerate(states[0]["names"]):
+        own, reasons = settings[str(number)], Counter[str]()
         for count in counts[number]:
             reasons.update(count.bad)
         tokens = sum(count.tokens for count in counts[number])
@@ -154,7 +154,7 @@ def _source_reports(states: list[Mapping[str, Any]], settings: Mapping[str, Any]
                 epochs=1 + max(state["sources"][number]["position"][0] for state in states),
                 thinned_documents=sum(count.thinned for count in counts[number]),
                 records=sum(count.records for count in counts[number]),
-                bad_records=dict(reasons.most_common()),
+                bad_records=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
                 first_bad=tuple(bad for count in counts[number] for bad in count.first_bad)[:NAMED_IN_META],
                 left_out=tuple(own["left_out"]),
             )

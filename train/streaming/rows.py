@@ -79,7 +79,11 @@ class RowPacker:
         return len(self._rest.ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """The open rows, and how much of the last document is to come; not its tokens, which can be read again."""
+        """The open rows, and how much of the last document is to come; not its tokens, which can be read again.
+
+        Rows are told apart by their numbers, never by their order: torchdata sends what has changed of a worker's
+        state as a set of keys, and its dicts come back in any order.
+        """
         return {
             "counts": dict(vars(self.counts)),
             "open": {str(name): row.state_dict() for name, row in self._open.items()},
@@ -102,8 +106,8 @@ class RowPacker:
         return None
 
     def close(self) -> Row | None:
-        """One of the rows that are still open, or None when there are none."""
-        return self._finish(next(iter(self._open))) if self._open else None
+        """Of the rows that are still open the one that was opened first, or None when there are none."""
+        return self._finish(min(self._open)) if self._open else None
 
     def _take_in_order(self) -> Row | None:
         name = next(iter(self._open)) if self._open else self._new_row()

@@ -1,6 +1,6 @@
 """A source of a stream: what the user says of it, and the parts that it is made of."""
 
-import zlib
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from math import isfinite
@@ -91,12 +91,21 @@ class OpenSource:
     left_out: tuple[Skipped, ...] = ()
 
     def meta(self) -> dict[str, Any]:
-        """What a resumed run must find again: the settings, and names and sizes of the parts."""
-        names = "\n".join(f"{part.name} {part.size}" for part in self.parts)
+        """What a resumed run must find again: the settings, and a fingerprint of the parts.
+
+        It is of names, sizes and samples of the content: files of up to 64 KiB and tables of up to 64 rows whole, of
+        larger ones stretches that are evenly spread, the first and the last bytes among them. Another corpus, another
+        order and another length of anything are seen, and so is a copy that is equal, as equal; a few bytes that are
+        changed between two samples of a large file are not, nor what the hub changes behind the same name.
+        """
+        digest = hashlib.sha256()
+        for part in self.parts:
+            sample = part.sample()
+            digest.update(f"{part.name}\n{part.size} {len(sample)}\n".encode("utf-8", "backslashreplace") + sample)
         settings = {name: value for name, value in vars(self.settings).items() if name != "path"}
         return {
             **settings,
-            "files": f"{len(self.parts)} ({zlib.crc32(names.encode()):08x})",
+            "files": f"{len(self.parts)} ({digest.hexdigest()[:16]})",
             "left_out": [f"{file.name}: {file.reason}" for file in self.left_out[:NAMED_IN_META]],
         }
 
@@ -110,47 +119,50 @@ def open_sources(sources: Any) -> tuple[OpenSource, ...]:
     """
     single = isinstance(sources, StreamSource | str | PathLike | Documents) or not isinstance(sources, Sequence)
     given: Iterable[Any] = [sources] if single else sources
-    opened = tuple(_open(source if isinstance(source, StreamSource) else StreamSource(source)) for source in given)
+    opened = tuple(
+        _open(source if isinstance(source, StreamSource) else StreamSource(source), f"sources[{number}]")
+        for number, source in enumerate(given)
+    )
     if not opened:
         raise ValueError("sources must hold at least one source, got none; pass a path.")
     return opened
 
 
-def _open(settings: StreamSource) -> OpenSource:
+def _open(settings: StreamSource, called: str) -> OpenSource:
     path = settings.path
     if not isinstance(path, str | PathLike):
-        return _open_table(settings, path)
+        return _open_table(settings, path, called)
     if isinstance(path, str) and path in EMBEDDED:
-        return _open_table(settings, read_documents(path))
+        return _open_table(settings, read_documents(path), called)
     if str(path) and Path(path).exists():
         files = list(list_files(Path(path)))
         left_out = tuple(file for file in files if isinstance(file, Skipped))
         parts = tuple(file_part(file, settings.text_column) for file in files if not isinstance(file, Skipped))
         if not parts:
-            raise ValueError(f"source must hold at least one file, got none in {str(path)!r}; name another folder.")
+            raise ValueError(f"{called} must hold at least one file, got none in {str(path)!r}; name another folder.")
         return OpenSource(settings, str(path), parts, left_out)
     if isinstance(path, str) and is_hub_name(path):
-        return _open_hub(settings, path)
+        return _open_hub(settings, path, called)
     raise FileNotFoundError(
-        f"source must be {', '.join(map(repr, EMBEDDED))}, a file, a folder or the name of a hub dataset, "
+        f"{called}.path must be {', '.join(map(repr, EMBEDDED))}, a file, a folder or the name of a hub dataset, "
         f"got {str(path)!r}, which does not exist; check the path."
     )
 
 
-def _open_table(settings: StreamSource, documents: "Documents | Dataset") -> OpenSource:
+def _open_table(settings: StreamSource, documents: "Documents | Dataset", called: str) -> OpenSource:
     name, dataset = (
         (documents.source, documents.dataset) if isinstance(documents, Documents) else ("dataset", documents)
     )
     if not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"source must be a path, a name, Documents or a datasets.Dataset, got {type(documents).__name__}; "
+            f"{called}.path must be a path, a name, Documents or a datasets.Dataset, got {type(documents).__name__}; "
             "for a dataset that streams, pass its name."
         )
     return OpenSource(settings, name, (TablePart(name, dataset),))
 
 
-def _open_hub(settings: StreamSource, name: str) -> OpenSource:
-    rows = load_hub(name, settings.subset, settings.split, settings.text_column)
+def _open_hub(settings: StreamSource, name: str, called: str) -> OpenSource:
+    rows = load_hub(name, settings.subset, settings.split, settings.text_column, f"{called}.path")
     rows = rows.reshard()  # Parquet by row group: more to shuffle and to share
     parts = tuple(HubPart(name, rows, shard) for shard in range(rows.num_shards))
     return OpenSource(settings, name, parts)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 BATCH_RECORDS = 256
+SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class TablePart:
     def name_of(self, place: int) -> str:
         """What its column `name` says, or its row."""
         return str(self.dataset[place].get("name", f"{self.name}:{place + 1}"))
+
+    def sample(self) -> bytes:
+        """`SAMPLES` rows, evenly spread from the first to the last; all of them where there are no more."""
+        count = min(SAMPLES, self.size)
+        places = [(self.size - 1) * index // max(count - 1, 1) for index in range(count)]
+        return repr(self.dataset[places]).encode("utf-8", "backslashreplace") if places else b""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,10 @@ class HubPart:
     def name_of(self, place: int) -> str:
         """By its shard and example."""
         return f"{self.name}, shard {self.shard}:{place + 1}"
+
+    def sample(self) -> bytes:
+        """Nothing: the hub would be asked for it."""
+        return b""
 
 
 def _rows(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
