@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# A file of tests stays with one process: what its fixtures made is made once. Each takes a core and some 2 GB.
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-all check bench support clean help
 
@@ -27,10 +29,10 @@ demo: $(READY)
 	$(BIN)/anchor-attn compare --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # Types need an ordinary install: type checkers do not follow the mapping of an editable one.
 check: $(READY)
