@@ -43,25 +43,14 @@ class Interval:
         return f"{self.mean * times:{form}} (95 % {self.low * times:{form}} … {self.high * times:{form}}, {self.units})"
 
 
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % t interval of a mean; None below three units.
-
-    Args:
-        values: one a unit.
-    """
-    if len(values) < UNITS_FOR_AN_INTERVAL:
-        return None
-    from scipy import stats
-
-    return float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-
-
 def mean_interval(values: Sequence[float]) -> Interval:
     """The mean of units.
 
     Args:
         values: one a unit; one at least.
     """
+    if not all(map(math.isfinite, values)):  # fsum raises for infinities of both signs
+        return Interval(sum(values) / len(values), None, None, len(values))
     mean = math.fsum(values) / len(values)
     return _around(mean, [value - mean for value in values], 1.0)
 

@@ -69,12 +69,12 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all; numbers that are not finite become null."""
-    _write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    _write_text(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
     """Write one record a line, and `<name>.meta.json` beside it."""
-    _write_text(path, "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records))
+    _write_text(path, "".join(json.dumps(finite(record), allow_nan=False) + "\n" for record in records))
     write_json(path.with_name(path.name + ".meta.json"), meta)
 
 
@@ -88,12 +88,12 @@ def write_csv(path: Path, records: Sequence[Mapping[str, Any]], meta: Mapping[st
     write_json(path.with_name(path.name + ".meta.json"), meta)
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
     """The same content, None for every float that JSON cannot write: a run that diverged is still a result."""
     if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
@@ -106,6 +106,8 @@ def _write_text(path: Path, text: str) -> None:
 
 def _version(package: str) -> str | None:
     """None for a package that is not installed: what a benchmark does not need may be missing on its machine."""
+    if package == "torch":
+        return str(torch.__version__)  # with its build, 2.11.0+cu130, which not every wheel's metadata has
     try:
         return version(package)
     except PackageNotFoundError:

@@ -25,6 +25,12 @@ PATTERNS: tuple[Pattern, ...] = ("full", "intra_doc", "anchor")
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+def check_pattern_name(pattern: str) -> None:
+    """Raise a ValueError unless the pattern is known."""
+    if pattern not in PATTERNS:
+        raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}; pass one of them.")
+
+
 def check_pattern(layout: PackedLayout, pattern: str, sliding_window: int | None = None) -> None:
     """Raise unless `pattern` and `sliding_window` can be asked of `layout`.
 
@@ -37,8 +43,7 @@ def check_pattern(layout: PackedLayout, pattern: str, sliding_window: int | None
             f"layout must be a PackedLayout, got {type(layout).__name__}; "
             "make one with PackedLayout.from_lengths or PackedLayout.from_document_ids."
         )
-    if pattern not in PATTERNS:
-        raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}; pass one of them.")
+    check_pattern_name(pattern)
     if pattern == "anchor" and layout.anchor_tokens == 0:
         raise ValueError(
             "pattern='anchor' must have an anchor to show, got a layout with anchor_tokens=0; "

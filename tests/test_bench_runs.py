@@ -1,17 +1,20 @@
 """Whole benchmarks on small inputs: attention, routes, a step, and the command that runs them."""
 
 import csv
+import io
 import json
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 from anchor_attn.bench import attention, masks, routes, step
 from anchor_attn.bench.attention import Setting, Sized, bench_attention, create_contenders
 from anchor_attn.bench.routes import RouteTiming, bench_routes, list_cases, merge_records
 from anchor_attn.bench.timing import Row
 from anchor_attn.cli import bench_subjects, main
+from anchor_attn.cli.bench_tables import route_table
 from anchor_attn.engines import choice
 from anchor_attn.masks import PackedLayout
 from anchor_attn.results import CheckError
@@ -283,6 +286,14 @@ def test_bench_routes_writes_the_table_that_the_choice_reads(run, tmp_path, monk
     assert [record["route"] for record in measured] == ["varlen/sdpa/gather", "reference/eager/dense"]
     assert table["meta"]["devices"][measured[0]["device_name"]]["seq_len"] == 512
     assert "anchor_attn/engines/measured.json" in out.replace("\n", "")
+
+
+def test_no_number_of_a_table_is_cut_short_in_a_narrow_terminal():
+    timing = RouteTiming("cpu", "a CPU", True, "anchor", "plain", "varlen/sdpa/gather", 1.2345, 1.1, 1.6, 5, None, 0.5)
+    said = Console(width=30, file=io.StringIO())
+    said.print(route_table([timing]), crop=False)
+
+    assert all(cell in said.file.getvalue() for cell in (" varlen/sdpa/gather ", " 1.2345 ", " 1.1000–1.6000 ", " – "))
 
 
 def test_bench_step_takes_some_rivals_by_short_names(run):

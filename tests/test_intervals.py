@@ -4,18 +4,24 @@ import math
 
 import pytest
 
-from anchor_attn.intervals import half_width, mean_interval, ratio_interval
+from anchor_attn.intervals import mean_interval, ratio_interval
 
 T_OF_2, T_OF_4 = 4.302652729911275, 2.7764451051977987  # 95 %, by degrees of freedom
 T_OF_2_AT_1_PERCENT = 9.924843200918293
 
 
 def test_an_interval_is_the_t_of_its_units_and_needs_three() -> None:
-    for half in (half_width, lambda values: mean_interval(values).half):
-        assert half([1.0, 2.0]) is None
-        assert half([1.0, 2.0, 3.0]) == pytest.approx(T_OF_2 / math.sqrt(3))
-        assert half([2.0, 4.0, 6.0, 7.0, 30.0]) == pytest.approx(T_OF_4 * math.sqrt(524.8 / 4 / 5))
     assert mean_interval([1.0, 2.0]).low is None
+    assert mean_interval([1.0, 2.0]).half is None
+    assert mean_interval([1.0, 2.0, 3.0]).half == pytest.approx(T_OF_2 / math.sqrt(3))
+    assert mean_interval([2.0, 4.0, 6.0, 7.0, 30.0]).half == pytest.approx(T_OF_4 * math.sqrt(524.8 / 4 / 5))
+
+
+def test_a_unit_without_a_finite_value_leaves_a_mean_without_an_interval() -> None:
+    for values in ([1.0, 2.0, math.nan], [1.0, 2.0, math.inf], [1.0, math.inf, -math.inf]):
+        found = mean_interval(values)
+        assert not math.isfinite(found.mean)
+        assert found.half is None
 
 
 def test_a_paired_ratio_cancels_what_a_unit_shares_with_its_reference() -> None:

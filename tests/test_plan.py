@@ -39,7 +39,7 @@ from anchor_attn.train.plan.calibration import local_device
 from anchor_attn.train.plan.devices import DEVICES
 from anchor_attn.train.plan.findings import half_executed_tokens, half_tokens, longest_documents, needed_slowness
 from anchor_attn.train.plan.memory import activation_bytes, plan_memory
-from anchor_attn.train.plan.report import draw_plan, reasons
+from anchor_attn.train.plan.report import BY_LENGTH, BY_SCHEME, draw_plan, reasons
 from anchor_attn.train.plan.schemes import SCHEMES, share_row, two_ended_shares
 from anchor_attn.train.plan.steps import attention_bytes_per_s, exchange_bytes_per_s, gather_bytes_per_s, ranks_to_try
 from anchor_attn.train.plan.tiles import CpuTile, Tile
@@ -609,6 +609,13 @@ def test_it_writes_a_plan_a_picture_and_a_page(run, tmp_path):
     assert len(content["records"]) == 2 * len(SCHEMES) * len(PATTERNS)
     assert content["meta"]["cluster"]["device"]["flops_per_s"] == 312e12
     assert set(content) == {"meta", "records", "findings", "predictions"}
+
+
+def test_no_column_is_lost_in_a_narrow_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    _, out, _ = run("--seq-len", "4096,65536")
+
+    assert all(name in out.split() for header in (BY_LENGTH, BY_SCHEME) for title in header for name in title.split())
 
 
 def test_as_json_it_prints_the_file_and_two_runs_are_equal(run, tmp_path):

@@ -21,7 +21,7 @@ from anchor_attn.train.loop.losses import LOSSES, read_losses
 from anchor_attn.train.loop.meter import Clock, Costs, TimedLayout, costs_of, step_line
 from anchor_attn.train.loop.routers import take_router_loss
 from anchor_attn.train.loop.run import train
-from anchor_attn.train.loop.settings import settings_from
+from anchor_attn.train.loop.settings import SET_BY_US, settings_from
 from anchor_attn.train.loop.sharing import RowSharing
 from anchor_attn.train.loop.trainer import PackedTrainer
 from anchor_attn.train.tokenizers import ByteTokenizer
@@ -502,6 +502,11 @@ def test_processes_that_share_rows_read_the_same_ones_and_others_read_others():
 def test_rows_a_step_become_accumulation(folder, tmp_path):
     settings = tiny_settings(folder, rows_per_step=8, training={"gradient_accumulation_steps": 1})
     assert training_arguments(settings, tmp_path, "cpu").gradient_accumulation_steps == 4
+
+
+def test_what_trainer_must_be_left_to_is_set_whatever_its_default(folder, tmp_path):
+    arguments = training_arguments(tiny_settings(folder), tmp_path, "cpu")
+    assert all(getattr(arguments, name, value) == value for name, (value, _) in SET_BY_US.items())
 
 
 def test_missing_data_is_refused(folder, tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from anchor_attn.engines.choice import check_engine
+from anchor_attn.intervals import UNITS_FOR_AN_INTERVAL, mean_interval
 from anchor_attn.masks.layout import PackedLayout
 from anchor_attn.results import (
     CheckError,
@@ -29,11 +30,10 @@ from anchor_attn.results import (
 )
 from anchor_attn.train.documents import Documents, read_documents
 from anchor_attn.train.packing import CUTS, Cut, PackedRows, pack_documents
-from anchor_attn.train.presets import SIZES, check_model
+from anchor_attn.train.presets import check_model, own_tokenizer
 from anchor_attn.train.run import Arm, RunSpec, run_arm
 from anchor_attn.train.tokenizers import Tokenizer, load_tokenizer
 
-SEEDS_FOR_AN_INTERVAL = 3
 HELD_OUT_SHARE = 0.1
 PATIENCE_S = 10
 NAMED = 3  # documents left out for one reason, by name on the terminal
@@ -103,7 +103,7 @@ class Difference:
             return f"{self.first} − {self.second}: a run diverged, nothing can be said"
         text = f"{self.first} − {self.second}: {self.mean:+.4f} nats"
         if self.low is None or self.high is None:
-            return f"{text} (no interval below {SEEDS_FOR_AN_INTERVAL} seeds)"
+            return f"{text} (no interval below {UNITS_FOR_AN_INTERVAL} seeds)"
         verdict = "no difference seen" if self.low <= 0 <= self.high else "a difference"
         return f"{text}, 95 % [{self.low:+.4f}, {self.high:+.4f}]: {verdict}"
 
@@ -141,16 +141,8 @@ class Result:
 
 def paired_difference(first: str, second: str, ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """First minus second over paired seeds, with a 95 % paired t interval from three seeds on."""
-    differences = np.subtract(ours, theirs)
-    mean = float(differences.mean())
-    if len(differences) < SEEDS_FOR_AN_INTERVAL or not math.isfinite(mean):
-        return Difference(first, second, mean, None, None)
-    if np.ptp(differences) == 0:  # no spread, and the t interval is that point
-        return Difference(first, second, mean, mean, mean)
-    from scipy import stats
-
-    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    return Difference(first, second, mean, float(interval.low), float(interval.high))
+    found = mean_interval([our - their for our, their in zip(ours, theirs, strict=True)])
+    return Difference(first, second, found.mean, found.low, found.high)
 
 
 def compare(settings: Comparison, say: Callable[[str], None] = lambda _: None) -> Result:
@@ -175,7 +167,7 @@ def compare(settings: Comparison, say: Callable[[str], None] = lambda _: None) -
         names = [skipped.name for skipped in documents.skipped if skipped.reason == reason]
         say(f"  {count:,} {reason}: {', '.join(names[:NAMED])}{', …' if count > NAMED else ''}")
     train, held_out = documents.split_by_file(HELD_OUT_SHARE)
-    tokenizer = load_tokenizer(settings.tokenizer or _tokenizer_of(settings.model))
+    tokenizer = load_tokenizer(settings.tokenizer or own_tokenizer(settings.model))
     held_out = _without_twins(held_out, train)
     held = _hold_out(held_out, settings, tokenizer)
     say(f"trained on {len(train):,} documents, {len(held_out):,} held out, {len(held.alone):,} of them measured")
@@ -262,10 +254,6 @@ def _check(settings: Comparison) -> None:
     check_engine(settings.engine)
     check_device(settings.device)
     check_folder(settings.out)
-
-
-def _tokenizer_of(model: str) -> str:
-    return "bytes" if model in SIZES or model.endswith(".json") else model
 
 
 @dataclass(frozen=True)

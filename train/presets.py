@@ -48,6 +48,11 @@ def check_model(name: str) -> None:
         _read_config(name)
 
 
+def own_tokenizer(name: str) -> str:
+    """The name of the tokenizer that belongs to a model, as `load_tokenizer`: a checkpoint's own, else "bytes"."""
+    return "bytes" if name in SIZES or name.endswith(".json") else name
+
+
 def create_model(
     name: str,
     vocab_size: int,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from anchor_attn.bench.rope import Plan
 from anchor_attn.bench.rope_readings import STAGES, MethodReading, MethodReadings, Stage
-from anchor_attn.intervals import half_width
+from anchor_attn.intervals import mean_interval
 
 # In perplexities of the plain model at its own length, on the same tokens. Set before anything was measured.
 EXPLODES = 2.0
@@ -52,7 +52,7 @@ class Gap:
     def between(cls, ours: MethodReading, theirs: MethodReading) -> "Gap":
         """Two methods at one length."""
         gaps = [our - their for our, their in zip(ours.window_nats, theirs.window_nats, strict=True)]
-        return cls(ours.nats - theirs.nats, half_width(gaps))
+        return cls(ours.nats - theirs.nats, mean_interval(gaps).half)
 
     @property
     def is_seen(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from anchor_attn.intervals import half_width
+from anchor_attn.intervals import mean_interval
 from anchor_attn.rope.methods import METHODS
 from anchor_attn.rope.search.fitness import perplexity
 
@@ -102,7 +102,7 @@ class MethodReading:
             "factor": self.factor,
             "perplexity": self.perplexity,
             "nats_per_token": self.nats,
-            "interval_nats": half_width(self.window_nats),
+            "interval_nats": mean_interval(self.window_nats).half,
             "windows": len(self.window_nats),
         }
 

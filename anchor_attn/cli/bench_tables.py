@@ -9,6 +9,7 @@ from rich.table import Table
 from anchor_attn.bench.report import HEADER, list_lines
 from anchor_attn.bench.routes import RouteTiming
 from anchor_attn.bench.timing import Timing
+from anchor_attn.cli.tables import keep_whole
 
 TERMINAL_COLUMNS = 7  # the rest of the columns is in the files
 
@@ -55,7 +56,7 @@ def route_table(timings: Sequence[RouteTiming]) -> Table:
         for place, timing in enumerate(sorted(own, key=lambda timing: timing.seconds)):
             table.add_row("" if place else name, *(show(timing) for show in columns.values()))
         table.add_section()
-    return table
+    return keep_whole(table)
 
 
 def step_table(timings: Sequence[Timing]) -> Table:
@@ -101,14 +102,14 @@ def _filled(timings: Iterable[Any], columns: Columns) -> Table:
         if timing.seconds is None:
             continue
         table.add_row(timing.name, *(show(timing) for show in columns.values()))
-    return table
+    return keep_whole(table)
 
 
 def _empty(*columns: str, first: str = "rival") -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(first, no_wrap=True)
+    table.add_column(first)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     return table
 
 

@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from anchor_attn.cli.tables import keep_whole
+
 TERMINAL_COLUMNS = 6  # the rest of the report's columns would not fit 80 characters
 
 
@@ -74,12 +76,11 @@ def compare_command(
     console = Console()
     table = Table(box=box.SIMPLE_HEAD, caption="losses in nats per labelled token, times are medians")
     rows = [row[:TERMINAL_COLUMNS] for row in table_rows(result)]
-    for place, cells in enumerate(zip(HEADER, *rows, strict=False)):
-        # A number is never cut short: in a narrow terminal the table runs over its edge.
-        table.add_column(cells[0], justify="right" if place else "left", min_width=max(map(len, cells)))
+    for place, name in enumerate(HEADER[:TERMINAL_COLUMNS]):
+        table.add_column(name, justify="right" if place else "left")
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    console.print(keep_whole(table), crop=False)
     for sentence in findings(result):
         console.print(sentence, highlight=False)
     console.print(f"Written: {out / 'results.json'}, {', '.join(map(str, written))}", highlight=False, soft_wrap=True)

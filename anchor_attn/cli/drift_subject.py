@@ -130,7 +130,7 @@ def capture_subject(asked: ModelInput, seq_len: int) -> Subject:
 @contextmanager
 def _said_of_what_can_be_measured() -> Iterator[None]:
     """What transformers says while it loads, missing weights say, comes behind it, or not where an error is all."""
-    from transformers.utils import logging as transformers_logging
+    from anchor_attn.hf.progress import without_progress_bars
 
     held: list[tuple[logging.Handler, logging.LogRecord]] = []
     handlers = list(logging.getLogger("transformers").handlers)
@@ -143,13 +143,10 @@ def _said_of_what_can_be_measured() -> Iterator[None]:
 
         filters.append(hold)
         handler.addFilter(hold)
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with without_progress_bars():
+            yield
     finally:
-        if had_bars:
-            transformers_logging.enable_progress_bar()
         for handler, hold in zip(handlers, filters, strict=True):
             handler.removeFilter(hold)
     for handler, record in held:

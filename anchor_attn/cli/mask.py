@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from anchor_attn.cli.tables import create_table
 
 if TYPE_CHECKING:
     from anchor_attn.mask_numbers import MaskNumbers
@@ -147,14 +148,7 @@ def _table(numbers: "list[MaskNumbers]") -> Table:
         )
         for each in numbers
     ]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
-    for place, cells in enumerate(zip(HEADER, *rows, strict=True)):
-        # A number is never cut short: in a narrow terminal the table runs over its edge.
-        widest = max(len(line) for cell in cells for line in cell.splitlines())
-        table.add_column(cells[0], justify="right" if place else "left", min_width=widest)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return create_table(HEADER, rows)
 
 
 def _bytes(count: int) -> str:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from anchor_attn.cli.options import errors_by_options
+from anchor_attn.cli.tables import create_table
 
 if TYPE_CHECKING:
     from anchor_attn.train.plan import Device, ModelShape, Rates, TrainingPlan
@@ -201,29 +200,18 @@ def _say(plan: "TrainingPlan", findings: list[str], predictions: "list[Predictio
 
     console, seq_len = Console(highlight=False, soft_wrap=True), report.detailed_length(plan)
     console.print(report.describe_plan(plan) + "\n", markup=False)
-    console.print(_table(report.BY_LENGTH, report.lines_by_length(plan)), crop=False)
+    console.print(create_table(report.BY_LENGTH, report.lines_by_length(plan)), crop=False)
     console.print("attention: of full's forward, in operations; c: with checkpointing; *: does not fit\n", markup=False)
     console.print(f"By scheme, at {short(seq_len)}; attn. and weights: what a rank receives in a step", markup=False)
-    console.print(_table(report.BY_SCHEME, report.lines_by_scheme(plan, seq_len)), crop=False)
+    console.print(create_table(report.BY_SCHEME, report.lines_by_scheme(plan, seq_len)), crop=False)
     for line in report.reasons(plan, seq_len):
         console.print(line, markup=False)
     if predictions:
-        console.print(_table(report.BY_PREDICTION, report.lines_of_predictions(predictions)), crop=False)
+        console.print(create_table(report.BY_PREDICTION, report.lines_of_predictions(predictions)), crop=False)
     for line in (*findings, *report.describe_assumptions(plan)):
         console.print(f"- {line}", markup=False)
     files = ", ".join(str(out / name) for name in ("plan.json", "plan.png", "plan.html"))
     console.print(f"\nWritten: {files}", markup=False)
-
-
-def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
-    for place, cells in enumerate(zip(header, *lines, strict=True)):
-        # A number is never cut short: in a narrow terminal the table runs over its edge.
-        justify: Any = "right" if place else "left"
-        table.add_column(cells[0], justify=justify, no_wrap=True, min_width=max(map(len, cells)))
-    for line in lines:
-        table.add_row(*line)
-    return table
 
 
 def _numbers(text: str) -> list[int]:

@@ -134,11 +134,11 @@ def _look(
     from anchor_attn.cli.rope_input import read_config
     from anchor_attn.rope.casts import WAYS, find_casts
     from anchor_attn.rope.checks import Extension
-    from anchor_attn.rope.inspection import compare_methods, describe_rope
+    from anchor_attn.rope.inspection import compare_methods, describe_rope, kind_to_extend
 
     config = read_config(model)
     kinds = describe_rope(config, original_len)
-    extended = next((now for now in kinds if now.is_extendable), kinds[0])
+    extended = kind_to_extend(kinds)
     if factor is None and target_len is None:
         present = extended.factor if extended.factor > 1 else FACTOR
         factor = present if searched is None else searched.factor

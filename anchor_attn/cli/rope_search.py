@@ -58,7 +58,7 @@ def search_command(
     from anchor_attn.cli.rope_input import hub_retries_unsaid, load_model, read_sequences
     from anchor_attn.results import check_device, check_folder, check_seed
     from anchor_attn.rope.checks import Extension
-    from anchor_attn.rope.inspection import describe_rope
+    from anchor_attn.rope.inspection import describe_rope, kind_to_extend
     from anchor_attn.rope.search import search_factors
     from anchor_attn.train.tokenizers import load_tokenizer
 
@@ -72,8 +72,7 @@ def search_command(
     say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
     _check_resume(out, resume, say)
     loaded, own_tokenizer = load_model(model, dtype, seed)
-    kinds = describe_rope(loaded.config, original_len)
-    now = next((now for now in kinds if now.is_extendable), kinds[0])
+    now = kind_to_extend(describe_rope(loaded.config, original_len))
     scale = Extension("longrope", factor, target_len).scale(now.original.length)
     with hub_retries_unsaid():
         tokens_of = load_tokenizer(tokenizer or own_tokenizer)

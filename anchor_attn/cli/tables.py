@@ -1,4 +1,4 @@
-"""The table that commands print: no number is cut short, in a narrow terminal it runs over its edge."""
+"""The tables that commands print: no number is cut short, in a narrow terminal they run over its edge."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -27,9 +27,16 @@ def create_table(
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, gap), pad_edge=False, show_edge=False, show_footer=bool(foot))
     feet = [""] * len(header) if foot is None else foot
-    for place, cells in enumerate(zip(header, feet, *rows, strict=True)):
-        width = max(len(line) for cell in cells for line in cell.split("\n"))
-        table.add_column(cells[0], cells[1], justify=justify if place else "left", min_width=width)
+    for place, (name, last) in enumerate(zip(header, feet, strict=True)):
+        table.add_column(name, last, justify=justify if place else "left")
     for row in rows:
         table.add_row(*row, style="dim" if row[0].startswith(FAINT) else None)
+    return keep_whole(table)
+
+
+def keep_whole(table: Table) -> Table:
+    """The same table of text, each column at least as wide as its widest cell; to be printed with `crop=False`."""
+    for column in table.columns:
+        cells = (column.header, *column.cells, column.footer)
+        column.min_width = max(len(line) for cell in cells for line in str(cell).split("\n"))
     return table

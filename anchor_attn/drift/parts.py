@@ -89,12 +89,11 @@ def parts_of(states: States, view: View) -> Iterator[Part]:
         view: which pairs.
     """
     batch, heads, seq_len, _ = states.query.shape
-    repeats = heads // states.key.shape[1]
     together = max(1, HELD_PAIRS // 4 // (min(len(view.rows), 64) * seq_len))
     for row in range(batch):
         for start in range(0, heads, together):
             part = slice(start, min(heads, start + together))
-            key_heads = torch.arange(part.start, part.stop) // repeats
+            key_heads = torch.arange(part.start, part.stop) // states.repeats
             yield Part(
                 states=states,
                 query=states.query[row, part][:, view.rows],

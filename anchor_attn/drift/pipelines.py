@@ -49,6 +49,7 @@ class Tallied:
 
     Attributes:
         bins: of distances and keys.
+        shifts: of all positions, in tokens.
         drifts: of each pipeline, shift and level.
         sizes: of scores and weights in float64, unshifted, by level.
     """

@@ -89,8 +89,7 @@ class RoundingModel:
         cls, states: States, row: int, head: int, position_ids: Tensor, shift: int, sample: TokenPairs
     ) -> "RoundingModel":
         """Of sampled pairs of a row and a head."""
-        repeats = states.query.shape[1] // states.key.shape[1]
-        ends = (states.query[row, head], sample.queries), (states.key[row, head // repeats], sample.keys)
+        ends = (states.query[row, head], sample.queries), (states.key[row, head // states.repeats], sample.keys)
         query, key = (Side.of(x[places], position_ids[places], states, shift) for x, places in ends)
         return cls(query, key, states)
 

@@ -32,8 +32,7 @@ def pair_contributions(
         position_ids: of the row, int64 [S].
         sample: N queries and the keys that they meet.
     """
-    key_head = head // (states.query.shape[1] // states.key.shape[1])
-    ends = (states.query[row, head], sample.queries), (states.key[row, key_head], sample.keys)
+    ends = (states.query[row, head], sample.queries), (states.key[row, head // states.repeats], sample.keys)
     query, key = (read(rotate(x[places], position_ids[places], states, policy), policy).double() for x, places in ends)
     (_, qx, qy, _), (_, kx, ky, _) = states.split(query), states.split(key)
     return (qx * kx + qy * ky) * states.score_scale

@@ -100,6 +100,11 @@ class States:
         return 2 * len(self.inv_freq)
 
     @property
+    def repeats(self) -> int:
+        """Query heads that share a key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
     def score_scale(self) -> float:
         """On the products of query and key."""
         return 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale

@@ -4,8 +4,7 @@ mean |Δ score| of fp32 angles, at 1,000,000      base 10,000 5.7e-3      the sa
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from dataclasses import replace as changed
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anchor_attn.drift.measure import SHIFTS, measure_drift
@@ -89,7 +88,7 @@ def sweep_drift(
                 method, checked_number("bases", base), head_dim, original_len, factor
             )
             say(f"base {base:,.0f}, {method}")
-            states = changed(drawn, inv_freq=inv_freq, attention_factor=attention_factor)
+            states = replace(drawn, inv_freq=inv_freq, attention_factor=attention_factor)
             report = measure_drift(states=states, policies=policies, shifts=shifts, queries=queries, stages=False)
             swept += [SweptRecord(base, method, attention_factor, record) for record in report.select()]
     return swept

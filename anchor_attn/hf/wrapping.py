@@ -18,7 +18,7 @@ from anchor_attn.hf.forward import attention_forward, before_forward, defer_mask
 from anchor_attn.hf.proof import prove
 from anchor_attn.hf.refusals import refuse_unsupported
 from anchor_attn.hf.settings import IMPLEMENTATION, SETTINGS, Settings, change_settings, holders, set_implementation
-from anchor_attn.masks.patterns import PATTERNS, Pattern
+from anchor_attn.masks.patterns import Pattern, check_pattern_name
 from anchor_attn.rope.precision import RopePrecision, check_rope_precision
 from anchor_attn.rope.rotary import override_tables
 
@@ -59,8 +59,7 @@ def wrap(model: M, pattern: Pattern = "anchor", engine: str = "auto", rope_preci
         ValueError: an unknown setting, or a model that ignores the attention interface, leaks between documents
             through other layers, or cannot be proven; the model is then as it was.
     """
-    if pattern not in PATTERNS:
-        raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}; pass one of them.")
+    check_pattern_name(pattern)
     check_rope_precision(rope_precision)
     check_engine(engine)
     decoder = decoder_of(model)

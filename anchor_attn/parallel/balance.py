@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anchor_attn.masks.layout import checked_anchor_tokens, checked_int
-from anchor_attn.masks.patterns import PATTERNS, Pattern
+from anchor_attn.masks.patterns import Pattern, check_pattern_name
 
 SHARED = -1
 ONE_BY_ONE = 32  # after so many tries the shared documents grow by an eighth at a time
@@ -108,8 +108,7 @@ def balance_documents(
 
 def check_whole_documents(pattern: str) -> None:
     """Raise a ValueError where documents cannot be given to ranks as they are."""
-    if pattern not in PATTERNS:
-        raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}; pass one of them.")
+    check_pattern_name(pattern)
     if pattern == "full":
         raise ValueError(
             "pattern must keep documents to themselves to give them to ranks, got 'full', in which every token sees "

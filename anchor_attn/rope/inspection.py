@@ -121,6 +121,11 @@ def describe_rope(config: PreTrainedConfig, original_len: int | None = None) -> 
     return [_describe(config, layer_type, original_len) for layer_type in layer_types or [None]]
 
 
+def kind_to_extend(kinds: Sequence[RopeNow]) -> RopeNow:
+    """Of the kinds of layers that `describe_rope` gives, the one that `extend` changes; the first where it is none."""
+    return next((now for now in kinds if now.is_extendable), kinds[0])
+
+
 def compare_methods(
     original: Original, factor: float, searched: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, RopeUnder], dict[str, str]]:

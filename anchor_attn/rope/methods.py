@@ -133,8 +133,8 @@ def frequencies_of(parameters: Parameters, original: Original, seq_len: int | No
 
 def parameters_at_run_time(parameters: Parameters) -> Parameters:
     """What transformers' functions compute with, where a checkpoint says that they do not suffice."""
-    shown = {name: value for name, value in parameters.items() if name != "n_hat"}
-    return {**shown, "rope_type": shown["rope_type"].removeprefix(NEEDS_US)}
+    known = {name: value for name, value in parameters.items() if name != "n_hat"}
+    return {**known, "rope_type": known["rope_type"].removeprefix(NEEDS_US)}
 
 
 def checked_options(method: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from anchor_attn.results import describe_environment
 from anchor_attn.train.collator import PackedCollator
 from anchor_attn.train.loop.checkpoints import Checkpoints, Progress
 from anchor_attn.train.loop.losses import LOSSES, LossLog
-from anchor_attn.train.loop.settings import Settings
+from anchor_attn.train.loop.settings import SET_BY_US, Settings, training_hints
 from anchor_attn.train.loop.sharing import RowSharing
-from anchor_attn.train.presets import SIZES, check_rope, create_model
+from anchor_attn.train.presets import check_rope, create_model, own_tokenizer
 from anchor_attn.train.streaming import PackedStream, StreamSource
 from anchor_attn.train.tokenizers import Tokenizer, load_tokenizer
 
@@ -42,7 +42,7 @@ def create_trainer(
     from anchor_attn.train.loop.routers import take_router_loss
     from anchor_attn.train.loop.trainer import Journal, PackedTrainer, describe_parallel
 
-    tokenizer = load_tokenizer(settings.tokenizer or _tokenizer_of(settings))
+    tokenizer = load_tokenizer(settings.tokenizer or own_tokenizer(settings.model))
     sharing = RowSharing.of(settings.parallel, settings.ranks_a_row, args.process_index, args.world_size)
     stream = open_stream(settings, tokenizer, args, sharing)
     model = build_model(settings, tokenizer)
@@ -155,12 +155,8 @@ def training_arguments(settings: Settings, out: Path, device: str) -> "TrainingA
     given |= {
         "output_dir": str(out),
         "use_cpu": device == "cpu",
-        "remove_unused_columns": False,
-        "average_tokens_across_devices": True,
-        "ignore_data_skip": True,
-        "logging_strategy": "steps",
+        **{name: value for name, (value, _) in SET_BY_US.items() if name in training_hints()},
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "save_total_limit": None,  # the envelope lets go of old checkpoints
         "report_to": given.get("report_to", "none"),
@@ -187,7 +183,3 @@ def training_arguments(settings: Settings, out: Path, device: str) -> "TrainingA
             )
         args.gradient_accumulation_steps = settings.rows_per_step // at_once
     return args
-
-
-def _tokenizer_of(settings: Settings) -> str:
-    return "bytes" if settings.model in SIZES or settings.model.endswith(".json") else settings.model

@@ -1,13 +1,12 @@
 """losses.jsonl: a line a step, without a gap or a repeat, however often the run was killed."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anchor_attn.results import CheckError, write_json
+from anchor_attn.results import CheckError, finite, write_json
 from anchor_attn.train.loop.disk import write_text
 
 LOSSES = "losses.jsonl"
@@ -47,11 +46,10 @@ class LossLog:
         Raises:
             CheckError: the disk does not take it.
         """
-        finite = {name: _finite(value) for name, value in record.items()}
         try:
             if self._file is None:
                 self._file = self.path.open("ab", buffering=0)  # a kill loses no line that was written
-            line = json.dumps(finite, allow_nan=False).encode() + b"\n"
+            line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
             while line:  # a disk that fills up takes a part first, and raises then
                 line = line[self._file.write(line) :]
         except OSError as error:
@@ -85,8 +83,3 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
-
-
-def _finite(value: Any) -> Any:
-    """None for what JSON cannot write: a run that diverged is still a result."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from anchor_attn.hf.progress import without_progress_bars
 from anchor_attn.results import check_device, check_folder, check_seed
 from anchor_attn.train.loop.assembly import create_trainer, training_arguments
 from anchor_attn.train.loop.checkpoints import Checkpoints, Progress
@@ -82,10 +83,10 @@ def train(
         trainer = create_trainer(settings, args, checkpoints, done, device, said, asked_to_stop)
         checkpoint = None if done is None else checkpoints.path(done.step)
         try:
-            with _no_progress_bars():
+            with without_progress_bars():  # every checkpoint would draw some
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except KeyboardInterrupt:
-            kept = f"{checkpoints.path(saved[0])}" if (saved := checkpoints.steps()) else "step 1"
+            kept = str(checkpoints.path(saved[0])) if (saved := checkpoints.steps()) else "step 1"
             said(f"interrupted after step {trainer.state.global_step}; --resume goes on from {kept}")
             raise
         finally:
@@ -140,20 +141,6 @@ def asking_to_stop() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Without transformers' bars, which every checkpoint would draw."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _from_first(args: "TrainingArguments", ask: Callable[[], Any]) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from anchor_attn.engines.choice import check_engine
 from anchor_attn.masks.layout import PositionPolicy, check_position_policy
-from anchor_attn.masks.patterns import PATTERNS, Pattern
+from anchor_attn.masks.patterns import Pattern, check_pattern_name
 from anchor_attn.parallel.balance import check_whole_documents
 from anchor_attn.rope.precision import RopePrecision, check_rope_precision
 from anchor_attn.train.loop.settings_file import flat, plain, read_as, refuse_unknown, value_as
@@ -161,8 +161,7 @@ def settings_from(content: Mapping[str, Any]) -> Settings:
         TypeError: a value of another type.
     """
     settings = read_as(Settings, content, "")
-    if settings.pattern not in PATTERNS:
-        raise ValueError(f"pattern must be one of {PATTERNS}, got {settings.pattern!r}; pass one of them.")
+    check_pattern_name(settings.pattern)
     check_position_policy(settings.positions)
     check_engine(settings.engine)
     check_rope_precision(settings.rope)

@@ -78,16 +78,16 @@ def value_as(hint: Any, value: Any, name: str) -> Any:
             raise TypeError(f"{name} must be a list, got {value!r:.60}; write it as [{{…}}].")
         return tuple(value_as(typing.get_args(hint)[0], one, f"{name}[{index}]") for index, one in enumerate(value))
     choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    plain = tuple(typing.get_origin(choice) or choice for choice in choices)
-    if Literal in plain:
+    kinds = tuple(typing.get_origin(choice) or choice for choice in choices)
+    if Literal in kinds:
         allowed = typing.get_args(hint)
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}; pass one of them.")
         return value
-    if float in plain and type(value) is int:
+    if float in kinds and type(value) is int:
         return float(value)
-    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
-        said = " or ".join("nothing" if one is types.NoneType else one.__name__ for one in plain)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        said = " or ".join("nothing" if one is types.NoneType else one.__name__ for one in kinds)
         raise TypeError(f"{name} must be {said}, got {value!r:.60}; mend the value.")
     return value
 

@@ -24,7 +24,7 @@ class StepPlan:
         attention_of_forward: attention's share of the forward's operations.
         executed_flops: what kernels run: cells of tiles, scores again, and layers again with checkpointing.
         attention_of_executed: attention's share of those.
-        weights_bytes: of a rank, as the next five.
+        weights_bytes: of a rank, as the next seven.
         gradient_bytes: its gradients.
         optimizer_bytes: its moments.
         gathered_bytes: other ranks' weights that it holds at once.
